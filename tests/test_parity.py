@@ -1,0 +1,147 @@
+"""Numbers of the published EBT code, reproduced: energies, moved candidates, losses and gradients, one test a case.
+
+    pytest tests/test_parity.py [--parity-dir DIR] [--parity-dtype float64|float32]
+
+DIR holds a manifest.json and the safetensors files it names, flat beside it. A tensor passes if the largest difference is at most the case's
+`rtol_of_max` times the fixture's largest entry. Cases of a modality that is not built yet are skipped by name.
+"""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ebt_nb.config import Objective, Thinking
+from ebt_nb.models.energy import EnergyTransformer
+from ebt_nb.models.transformer import Transformer
+from ebt_nb.noise import Keys
+from ebt_nb.thinking.descent import Descent
+from ebt_nb.thinking.spaces import TokenSpace
+from ebt_nb.training.objectives import IGNORE, energy_objective, feed_forward_objective
+from ebt_nb.training.optim import learning_rate
+
+NORM_FLOOR = 1e-7    # gradients that are zero but for round-off
+
+
+def pytest_generate_tests(metafunc):
+    folder = Path(metafunc.config.getoption("--parity-dir"))
+    cases = json.loads((folder / "manifest.json").read_text())["cases"]
+    metafunc.parametrize("case", cases, ids=[case["name"] for case in cases])
+
+
+def test_case(case, request):
+    check = {"text_ebt": check_energy_model, "text_baseline": check_baseline, "lr_schedule": check_schedule}.get(case["config"]["kind"])
+    if check is None: pytest.skip(f"{case['name']}: no model of kind {case['config']['kind']} yet")
+    dtype = getattr(torch, request.config.getoption("--parity-dtype"))
+    file = load_file(Path(request.config.getoption("--parity-dir")) / case["file"])
+    check(case, {name: t.to(dtype) if t.is_floating_point() else t for name, t in file.items()})
+
+
+def compare(case, name, ours, fixture):
+    if case["tensors"].get(name, {}).get("ill_conditioned"): return
+    assert ours.shape == fixture.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(fixture.shape)}"
+    error, scale = (ours.detach() - fixture).abs().max().item(), fixture.abs().max().item()
+    assert error <= case["rtol_of_max"] * scale, f"{name}: off by {error:.3g}, {error / max(scale, 1e-300) / case['rtol_of_max']:.2f} times the tolerance"
+
+
+def check_gradients(case, file, gradients):
+    for name in (n for n in file if n.startswith("grad/")): compare(case, name, gradients[name.removeprefix("grad/")], file[name])
+    for name, norm in case["grad_l2_norms"].items():
+        assert abs(gradients[name].norm().item() - norm) <= case["rtol_of_max"] * norm + NORM_FLOOR, f"gradient norm of {name}: {gradients[name].norm().item()}, expected {norm}"
+
+
+def neutral_names(model, read):
+    "`read(parameter)` for every parameter under the fixtures' names and in their layout (fused matrices cut, tables turned)."
+    found = {"tok_embed": read(model.embedding.weight), "final_norm": read(model.final_norm.gain)}
+    for i, block in enumerate(model.blocks):
+        q, k, v = read(block.attention.qkv.weight).chunk(3)
+        w1, w3 = read(block.ffn.gate_up.weight).chunk(2)
+        named = {"attn.wq": q, "attn.wk": k, "attn.wv": v, "attn.wo": read(block.attention.out.weight), "ffn.w1": w1, "ffn.w3": w3, "ffn.w2": read(block.ffn.down.weight),
+                 "norm_attn": read(block.attention_norm.gain), "norm_ffn": read(block.ffn_norm.gain)}
+        if block.adaptive is not None: named |= {"adaln.weight": read(block.adaptive.weight), "adaln.bias": read(block.adaptive.bias)}
+        found |= {f"blocks.{i}.{name}": tensor for name, tensor in named.items()}
+    if isinstance(model, Transformer): return found | {"output_head": read(model.output_head.weight)}
+    found["energy_head"] = read(model.energy_head.weight)
+    if model.candidate_embedding is not model.embedding: found["vocab_to_embed"] = read(model.candidate_table).T
+    if model.step_embedding is not None: found["time_embed"] = read(model.step_embedding.weight)
+    if model.final_adaptive is not None: found |= {"final_adaln.weight": read(model.final_adaptive.weight), "final_adaln.bias": read(model.final_adaptive.bias)}
+    return found
+
+
+@torch.no_grad()
+def load_weights(model, file):
+    "Copy the fixture's weights into the model; every one must have a place and every place a weight."
+    model.to(file["weights/tok_embed"].dtype)
+    places = neutral_names(model, lambda parameter: parameter.data)
+    given = {name.removeprefix("weights/"): t for name, t in file.items() if name.startswith("weights/") and name != "weights/alpha"}
+    assert places.keys() == given.keys(), f"names differ: {places.keys() ^ given.keys()}"
+    for name, place in places.items(): place.copy_(given[name])
+
+
+def tokens_of(case, file):
+    tokens = file["in/tokens"].long()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[targets == case["config"]["pad_id"]] = IGNORE
+    return inputs, targets
+
+
+def shape_of(config):
+    multiplier = config["ffn_multiplier"] or 1.0
+    return dict(vocab_size=config["vocab_size"], layers=config["n_layers"], width=config["dim"], heads=config["n_heads"], ffn_multiplier=multiplier,
+                norm_eps=config["norm_eps"], rope_base=config["rope_base"])
+
+
+class GivenNumbers(Keys):
+    "Keys that hand out the fixture's random numbers."
+    def __new__(cls, file, purpose=None, step=0):
+        self = object.__new__(cls)
+        for name, value in (("file", file), ("purpose", purpose), ("step", step)): object.__setattr__(self, name, value)
+        return self
+    def __init__(self, *args): pass
+    def at(self, purpose, step=0): return GivenNumbers(self.file, purpose, step)
+    def normal(self, width, dtype=None): return {"start": lambda: self.file["in/y0"], "langevin": lambda: self.file["in/noise"][self.step]}[self.purpose]()
+    def uniform(self, width=1, dtype=None): return {"step size": lambda: self.file["in/step_size_uniform"]}[self.purpose]()
+
+
+def check_energy_model(case, file):
+    config, weights = case["config"], file["weights/alpha"]
+    model = EnergyTransformer.for_tokens(**shape_of(config), conditioning=config["conditioning"], landscapes=config["n_steps"], tied=config["vocab_to_embed_uses_prob_dist"])
+    load_weights(model, file)
+    policy = Thinking(steps=config["n_steps"], step_size=config["alpha_init"], noise=config["langevin_dynamics_noise"], random_step_size=config["randomize_mcmc_step_size_scale"],
+                      detach=not config["no_mcmc_detach"], truncate=config["truncate_mcmc"], rule="probabilities" if config["normalize_initial_condition"] else "raw",
+                      clamp=config["clamp_futures_grad_max_change"] if config["clamp_futures_grad"] else None)
+    objective = Objective(steps="last" if config["truncate_mcmc"] else "mean", contrastive=config["contrastive_loss_coeff"] if config["contrastive_loss"] else 0)
+    descent = Descent(policy).to(weights.dtype).train()
+    with torch.no_grad(): descent.step_size.copy_(weights)
+    outcome = energy_objective(model, TokenSpace(model.candidate_table, policy.rule), descent, *tokens_of(case, file), GivenNumbers(file), objective, config["step_indices"])
+    for k, energies in enumerate(outcome.trace.energies): compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
+    for k, candidate in enumerate(outcome.trace.candidates[1:]): compare(case, f"out/pred.{k}", candidate, file[f"out/pred.{k}"])
+    for k, loss in enumerate(outcome.step_losses): compare(case, f"out/ce.{k}", loss, file[f"out/ce.{k}"])
+    compare(case, "out/loss", outcome.loss, file["out/loss"])
+    compare(case, "out/perplexity", outcome.step_losses[-1].exp(), file["out/perplexity"])
+    if "out/contrastive_loss" in file: compare(case, "out/contrastive_loss", outcome.contrastive, file["out/contrastive_loss"])
+    outcome.loss.backward()
+    check_gradients(case, file, neutral_names(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
+
+
+def check_baseline(case, file):
+    model = Transformer(**shape_of(case["config"]))
+    load_weights(model, file)
+    inputs, targets = tokens_of(case, file)
+    compare(case, "out/logits", model(inputs), file["out/logits"])
+    loss = feed_forward_objective(model, inputs, targets, Objective()).loss
+    compare(case, "out/loss", loss, file["out/loss"])
+    compare(case, "out/perplexity", loss.exp(), file["out/perplexity"])
+    loss.backward()
+    check_gradients(case, file, neutral_names(model, lambda p: p.grad))
+
+
+def check_schedule(case, file):
+    "The main group up to its last scheduled update; behind it, and in other groups, the published floor is what this project mends."
+    config = case["config"]
+    peak = config["peaks"][0]
+    for schedule in config["schedules"]:
+        start = 0.0 if schedule["divider"] == -1 else peak / schedule["divider"]
+        ours = torch.tensor([learning_rate(u, schedule["warm"], schedule["total"], peak, peak / schedule["min_lr_scale"], start) for u in range(1, schedule["total"] + 1)], dtype=torch.float64)
+        compare(case, f"out/lr.{schedule['tag']}", ours, file[f"out/lr.{schedule['tag']}"][: schedule["total"], 0].double())
