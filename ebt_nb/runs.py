@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Status', 'RunError', 'write_atomically', 'new_folder', 'stamp', 'now', 'status_text', 'read_status', 'write_status',
-           'read_metrics', 'MetricsFile', 'Run', 'find_runs', 'find_run', 'listed', 'find_checkpoint']
+           'read_metrics', 'MetricsFile', 'Run', 'is_run', 'checkpoint_in', 'find_runs', 'find_run', 'listed',
+           'find_checkpoint']
 
-# %% ../nbs/01_runs.ipynb #477a7962
-import csv, io, json, os, re, shutil, uuid
+# %% ../nbs/01_runs.ipynb #b9b055e5
+import csv, errno, io, json, os, re, shutil, uuid
 from collections.abc import Iterable
 from datetime import datetime
 from functools import cached_property
@@ -91,7 +92,7 @@ def read_metrics(path: Path | str) -> list[dict[str, float]]:
     rows = csv.DictReader(io.StringIO(text[:text.rfind("\n") + 1], newline=""))
     return [{k: int(v) if k == "step" else float(v) for k, v in row.items() if v} for row in rows]
 
-# %% ../nbs/01_runs.ipynb #ac559ee8
+# %% ../nbs/01_runs.ipynb #72316f0f
 class MetricsFile:
     "Writer of a metrics file: rows are added at its end; new columns, and cutting back, rewrite it in one piece."
     def __init__(self, path: Path | str):
@@ -108,7 +109,7 @@ class MetricsFile:
             self.columns = list(dict.fromkeys([*self.columns, "step", *row]))
             return self._rewrite([*rows, row])
         try:
-            with open(self.path, "a", encoding="utf-8", newline="") as file: file.write(self._lines([row]))
+            with self.path.open("a", encoding="utf-8", newline="") as file: file.write(self._lines([row]))
         except OSError as error: raise RunError(f"{self.path}: cannot be written ({error.strerror}); free some space and resume the run") from None
 
     def cut(self, step: int) -> None:
@@ -158,7 +159,7 @@ class Run:
         "The file of the checkpoint 'last', 'best' or 'step=N'. Raises RunError, naming those there are, when it is not there."
         return checkpoint_in(self.dir / "checkpoints", which)
 
-# %% ../nbs/01_runs.ipynb #6782fece
+# %% ../nbs/01_runs.ipynb #f2c8fce3
 def is_run(folder: Path) -> bool:
     "Whether a folder holds a run."
     return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
@@ -168,8 +169,8 @@ def checkpoint_in(folder: Path, which: str) -> Path:
     step = re.fullmatch(r"step=(\d+)", which)
     path = folder / f"{f'step={int(step[1]):06d}' if step else which}.ckpt"
     if (step or which in ("last", "best")) and path.is_file(): return path
-    there = sorted(re.sub(r"=0+(?=\d)", "=", p.stem) for p in folder.glob("*.ckpt"))
-    raise RunError(f"{folder.parent}: no checkpoint {which!r}; there {f'are {", ".join(there)}' if there else 'is none yet'}") from None
+    there = ", ".join(sorted(re.sub(r"=0+(?=\d)", "=", p.stem) for p in folder.glob("*.ckpt")))
+    raise RunError(f"{folder.parent}: no checkpoint {which!r}; there {f'are {there}' if there else 'is none yet'}")
 
 # %% ../nbs/01_runs.ipynb #a716f252
 def find_runs(runs_dir: Path | str = "runs") -> list[Run]:

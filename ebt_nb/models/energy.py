@@ -113,18 +113,25 @@ class EnergyTransformer(nn.Module):
     def _angles(self, start: int, end: int, like: Tensor) -> Tensor:
         return rotary_angles(torch.arange(start, end, device=like.device), self.head_width, self.rope_base, like.dtype)
 
-# %% ../../nbs/12_energy.ipynb #5dcdfa7f
+# %% ../../nbs/12_energy.ipynb #3ac47dc5
 @torch.no_grad()
 def initialise_energy(model: EnergyTransformer) -> None:
-    """Start in the usual range: see `initialise`; candidate table, step embeddings and energy head as explained in `12_energy`.
+    """Start in the usual range and looking at what is near: see `12_energy`.
 
-    For `adaln` gates start at one and modulation at nothing; for `adaln_zero` gates start at zero: each block is the identity.
+    For `adaln` gates start at one and modulation at nearly nothing; for `adaln_zero` gates start at zero: each block is the identity.
     """
     initialise(model)
     width = model.energy_head.in_features
+    common = torch.randn(width)
     if model.candidate_embedding is not model.embedding:
-        nn.init.normal_(model.candidate_embedding.weight, std=width**-0.5 if model.conditioning == "step_embed" else 1.0)
-    nn.init.normal_(model.energy_head.weight, std=width**-0.5)
+        nn.init.normal_(model.candidate_embedding.weight, std=width**-0.5)
+        if model.conditioning != "step_embed": model.candidate_embedding.weight.add_(common)
+    if isinstance(model.embedding, nn.Embedding): model.embedding.weight.add_(common)
+    if model.conditioning == "step_embed": model.step_embedding.weight.mul_(0.1).add_(common)
+    for block in model.blocks:
+        queries, keys, _ = block.attention.qkv.weight.chunk(3)
+        keys.copy_(queries)
+    model.energy_head.weight.copy_(common / common.norm())
     adaptive = [(block.adaptive, 6) for block in model.blocks if block.adaptive is not None]
     if model.final_adaptive is not None: adaptive.append((model.final_adaptive, 2))
     for layer, pieces in adaptive:
@@ -132,6 +139,7 @@ def initialise_energy(model: EnergyTransformer) -> None:
         nn.init.zeros_(layer.bias)
         if pieces == 6 and model.conditioning == "adaln": layer.bias.view(6, width)[[2, 5]] = 1.0
 
+# %% ../../nbs/12_energy.ipynb #57443eeb
 @torch.no_grad()
 def initialise_as_published(model: EnergyTransformer) -> None:
     "The reference code's start, kept to compare with: Xavier-normal matrices, unit normal embeddings; with `adaln_zero` all adaptive layers and the energy head at zero."
