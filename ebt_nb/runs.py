@@ -21,7 +21,7 @@ from .config import RunConfig, WorkbenchError, load_config
 class RunError(WorkbenchError):
     "A run folder, checkpoint or address that is not there, or cannot be written."
 
-# %% ../nbs/01_runs.ipynb #75ed0c69
+# %% ../nbs/01_runs.ipynb #947a65cb
 def write_atomically(path: Path | str, text: str) -> None:
     "Replace the file at `path` by `text`, whole or not at all. Raises RunError when it cannot be written; the old text then stays."
     path = Path(path)
@@ -33,14 +33,14 @@ def write_atomically(path: Path | str, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        if os.path.exists(temporary): temporary.unlink()
         raise RunError(f"{path}: cannot be written ({error.strerror}); free some space or make the folder writable") from None
 
-# %% ../nbs/01_runs.ipynb #6c2ce8bd
+# %% ../nbs/01_runs.ipynb #efe5d8e3
 def new_folder(folder: Path | str, files: dict[str, str], folders: Iterable[str] = ()) -> Path:
     "Make `folder` with its files and subfolders in one piece. Raises RunError, leaving nothing behind, when it cannot be made or holds something already."
     folder = Path(folder).expanduser().absolute()
-    absent = [parent for parent in folder.parents if not parent.exists()]        # innermost first
+    absent = [parent for parent in folder.parents if not os.path.exists(parent)]        # innermost first
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp~")
     try:
         temporary.mkdir(parents=True)
@@ -50,9 +50,9 @@ def new_folder(folder: Path | str, files: dict[str, str], folders: Iterable[str]
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in absent:
-            if parent.is_dir() and not any(parent.iterdir()): parent.rmdir()
+            if os.path.isdir(parent) and not any(parent.iterdir()): parent.rmdir()
         if not isinstance(error, OSError): raise
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir(): raise RunError(f"{folder}: holds something already, and nothing is overwritten; choose another folder") from None
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.isdir(folder): raise RunError(f"{folder}: holds something already, and nothing is overwritten; choose another folder") from None
         raise RunError(f"{folder}: cannot make this folder ({error.strerror}); choose another place with --runs-dir or run.runs_dir") from None
     return folder
 
@@ -159,10 +159,10 @@ class Run:
         "The file of the checkpoint 'last', 'best' or 'step=N'. Raises RunError, naming those there are, when it is not there."
         return checkpoint_in(self.dir / "checkpoints", which)
 
-# %% ../nbs/01_runs.ipynb #f2c8fce3
+# %% ../nbs/01_runs.ipynb #480a1537
 def is_run(folder: Path) -> bool:
     "Whether a folder holds a run."
-    return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
+    return os.path.isfile(folder / "config.yaml") and os.path.isfile(folder / "status.json")
 
 def checkpoint_in(folder: Path, which: str) -> Path:
     "The file of checkpoint `which` in a folder of checkpoints."

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ebt_nb.config import Objective, Thinking
+from ebt_nb.config import IGNORE, Objective, Thinking
 from ebt_nb.models.energy import EnergyTransformer
 from ebt_nb.models.transformer import Transformer
 from ebt_nb.noise import Keys
 from ebt_nb.thinking.descent import Descent
 from ebt_nb.thinking.spaces import TokenSpace
-from ebt_nb.training.objectives import IGNORE, energy_objective, feed_forward_objective
+from ebt_nb.training.objectives import energy_objective, feed_forward_objective
 from ebt_nb.training.optim import learning_rate
 
 NORM_FLOOR = 1e-7    # gradients that are zero but for round-off

@@ -48,14 +48,15 @@ def surprise_of(space: TokenSpace, prediction: Float[Tensor, "batch seq vocab"],
     surprise = -space.log_probabilities(prediction.detach()).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return torch.where(targets >= 0, surprise, torch.nan)
 
-# %% ../../nbs/61_traces.ipynb #c306347e
+# %% ../../nbs/61_traces.ipynb #5c89683e
 Decode = Callable[[list[int]], str]
 
 @dataclass
 class Thought:
     """One prediction as it was thought: K+1 rows of the likeliest tokens, the start first, and the energies `before` and `after` each of the K moves.
 
-    Energies are those of the landscape a move was made in. `truth` and `truth_probabilities` are the token that came, and what each row says of it; None where it is not known.
+    Energies are those of the landscape a move was made in. `truth` and `truth_probabilities` are the token that came, and what each row says of it; None where
+    it is not known.
     """
     tokens: list[list[str]]
     probabilities: Float[Tensor, "points k"]
@@ -153,7 +154,7 @@ def energy_against_surprise(energies: Float[Tensor, "..."], surprise: Float[Tens
     ax.set_title(f"{name[:1].upper()}{name[1:]} {finding}\nPearson {linear:.2f}, Spearman {monotone:.2f}, {len(x)} tokens", fontsize=10)
     return figure
 
-# %% ../../nbs/61_traces.ipynb #dfbe7496
+# %% ../../nbs/61_traces.ipynb #63187b52
 @dataclass
 class TokenScore:
     "A token, how often it was to be predicted, and the mean energy and surprise (nats) of those predictions."
@@ -172,7 +173,8 @@ def easy_and_uncertain(tokens: Int[Tensor, "*shape"], energies: Float[Tensor, "*
     scores = [TokenScore(visible(decode([token])), count, energy, nats) for token, count, energy, nats in rows if count >= min_count]
     if not scores:
         most = max(counts.tolist(), default=0)
-        raise AnalysisError(f"min_count: no token came {min_count} times or more among {int(scored.sum())}, the most frequent {most} times; take more text or a smaller min_count")
+        raise AnalysisError(f"min_count: no token came {min_count} times or more among {int(scored.sum())}, the most frequent {most} times; "
+                            "take more text or a smaller min_count")
     return sorted(scores, key=lambda s: s.energy)
 
 def plot_easy_and_uncertain(scores: list[TokenScore], most: int = 8) -> Figure:

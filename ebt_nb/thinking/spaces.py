@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['State', 'Space', 'step_against', 'first_candidate', 'TokenSpace', 'ContinuousSpace']
 
-# %% ../../nbs/20_spaces.ipynb #25eb9802
-from typing import Literal, NamedTuple, Protocol
+# %% ../../nbs/20_spaces.ipynb #fbc99533
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..noise import Keys
 
-# %% ../../nbs/20_spaces.ipynb #c66f041a
+# %% ../../nbs/20_spaces.ipynb #2fcc34b1
 class State(NamedTuple):
     "What one step works on: the value that moves, and what is added to its embedding for this step only."
     value: Float[Tensor, "*batch size"]
     offset: Float[Tensor, "*batch width"] | float = 0.0
 
+@runtime_checkable
 class Space(Protocol):
     "What the descent loop asks of a prediction space."
     noise_width: int

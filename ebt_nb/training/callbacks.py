@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Tracker', 'CALLBACKS', 'AtomicCheckpoints', 'StopSignals', 'StopRequested', 'Interrupted', 'update_done',
-           'Checkpoints', 'second_name', 'Recorder', 'code_version', 'needed', 'WandbTracker', 'TensorBoardTracker',
-           'build_trackers', 'Console', 'shown', 'Progress', 'callback', 'early_stopping', 'named_callbacks', 'quiet']
+           'Checkpoints', 'second_name', 'code_version', 'needed', 'WandbTracker', 'TensorBoardTracker',
+           'check_tracking', 'build_trackers', 'Recorder', 'Console', 'shown', 'Progress', 'callback', 'early_stopping',
+           'named_callbacks', 'quiet']
 
-# %% ../../nbs/43_callbacks.ipynb #aa4f0614
+# %% ../../nbs/43_callbacks.ipynb #74187f95
 import contextlib
 import importlib
 import logging
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -136,38 +137,6 @@ def second_name(file: Path, name: Path) -> None:
     except OSError: shutil.copyfile(file, temporary)
     os.replace(temporary, name)
 
-# %% ../../nbs/43_callbacks.ipynb #8cae0e48
-class Recorder(pl.Callback):
-    "Writes the figures that modules and callbacks log: to `metrics` and every tracker. `latest` holds the newest of each."
-    def __init__(self, metrics: MetricsFile, trackers: list["Tracker"] = ()):
-        self.metrics, self.trackers, self.latest = metrics, list(trackers), {}
-
-    def on_train_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
-        self.clock, self.tokens = time.perf_counter(), 0
-        for tracker in self.trackers: tracker.watch(module.model)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        self.tokens += batch["inputs"].numel() * trainer.world_size
-        step = trainer.global_step
-        if not update_done(trainer, batch_idx) or (step % trainer.log_every_n_steps and step != trainer.max_steps): return
-        now = time.perf_counter()
-        speed, self.clock, self.tokens = self.tokens / (now - self.clock), now, 0
-        self.write(trainer, {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("val/")} | {"tokens_per_second": speed})
-
-    def on_validation_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
-        self.paused = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, module: LanguageModule) -> None:
-        self.clock += time.perf_counter() - self.paused
-        self.write(trainer, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
-
-    def write(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
-        if not trainer.is_global_zero: return
-        row = {"step": trainer.global_step} | row
-        self.latest |= row
-        self.metrics.append(row)
-        for tracker in self.trackers: tracker.log(row)
-
 # %% ../../nbs/43_callbacks.ipynb #80ef5b75
 def code_version() -> str | None:
     "The git commit of this package's code, with '+' if files differ from it; None outside a checkout."
@@ -181,7 +150,7 @@ def needed(module: str, key: str) -> Any:
     try: return importlib.import_module(module)
     except ImportError as error: raise WorkbenchError(f"{key}: needs a package that is not installed ({error.name}); `pip install {error.name}`, or switch it off") from None
 
-# %% ../../nbs/43_callbacks.ipynb #deb442a3
+# %% ../../nbs/43_callbacks.ipynb #efb8107c
 class WandbTracker:
     "A Weights & Biases run, in the run folder when offline. `mode` 'auto' is online when logged in, else offline."
     def __init__(self, config: RunConfig, folder: Path, facts: dict[str, Any]):
@@ -218,10 +187,48 @@ class TensorBoardTracker:
 
 Tracker = WandbTracker | TensorBoardTracker
 
+def check_tracking(config: RunConfig) -> None:
+    "Raise WorkbenchError when a tracker is asked for whose package is missing."
+    if config.tracking.wandb != "off": needed("wandb", "tracking.wandb")
+    if config.tracking.tensorboard: needed("torch.utils.tensorboard", "tracking.tensorboard")
+
 def build_trackers(config: RunConfig, folder: Path, facts: dict[str, Any]) -> list[Tracker]:
     "The trackers a configuration asks for; `facts` (parameter counts, code version, model summary) are kept beside the hyper-parameters."
     kinds = [WandbTracker] * (config.tracking.wandb != "off") + [TensorBoardTracker] * config.tracking.tensorboard
     return [kind(config, folder, facts) for kind in kinds]
+
+# %% ../../nbs/43_callbacks.ipynb #e1e9eb39
+class Recorder(pl.Callback):
+    "Writes the figures that modules and callbacks log: to `metrics` and every tracker. `latest` holds the newest of each."
+    def __init__(self, metrics: MetricsFile, trackers: Sequence[Tracker] = ()):
+        self.metrics, self.trackers, self.latest = metrics, list(trackers), {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+        self.clock, self.tokens = time.perf_counter(), 0
+        for tracker in self.trackers: tracker.watch(module.model)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.tokens += batch["inputs"].numel() * trainer.world_size
+        step = trainer.global_step
+        if not update_done(trainer, batch_idx) or (step % trainer.log_every_n_steps and step != trainer.max_steps): return
+        now = time.perf_counter()
+        speed, self.clock, self.tokens = self.tokens / (now - self.clock), now, 0
+        fresh = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("val/") and (k in module.logged or not k.startswith("train/"))}
+        self.write(trainer, fresh | {"tokens_per_second": speed})
+
+    def on_validation_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+        self.clock += time.perf_counter() - self.paused
+        self.write(trainer, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+
+    def write(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
+        if not trainer.is_global_zero: return
+        row = {"step": trainer.global_step} | row
+        self.latest |= row
+        self.metrics.append(row)
+        for tracker in self.trackers: tracker.log(row)
 
 # %% ../../nbs/43_callbacks.ipynb #8ef2304d
 class Console:

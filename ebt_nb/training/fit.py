@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'check_resumable', 'starting_point', 'parameter_counts', 'introduce',
-           'ending', 'fit', 'threads', 'prepare_folder']
+           'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #d02106e1
+# %% ../../nbs/44_fit.ipynb #127751ae
 import contextlib
 import sys
 import tempfile
@@ -24,8 +24,8 @@ from torch import nn
 from ..config import ConfigError, RunConfig, WorkbenchError, keys
 from ..data.text import TextData
 from ..runs import MetricsFile, Run, RunError
-from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, code_version,
-                                       named_callbacks, quiet)
+from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
+                                       code_version, named_callbacks, quiet)
 from .module import CheckpointError, LanguageModule, build_module, check_tokenizer, read_checkpoint, token_space
 
 # %% ../../nbs/44_fit.ipynb #aa540ef8
@@ -118,7 +118,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #cb412b8d
+# %% ../../nbs/44_fit.ipynb #446a13a9
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich") -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -127,29 +127,34 @@ def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, p
     Raises a WorkbenchError before anything is written when configuration, data, checkpoint or folder cannot be used; Interrupted when stopped by Ctrl-C or SIGTERM.
     """
     check_processes(config, run)
+    check_tracking(config)
     extra = named_callbacks(config)
     data = TextData(config)
     data.prepare_data()
     data.setup("fit")
     checkpoint, step = starting_point(config, run, resume, data)
     with quiet(), threads(config.trainer.threads):
+        build_trainer(config, Path(), [])                    # what this machine cannot do is refused before a folder is made
         module = build_module(config)
         run = run or Run.create(config)
-        console, stop = Console(run.dir / "console.log"), StopSignals()
-        checkpoints = Checkpoints(run.dir / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep_every, stop)
-        recorder = Recorder(MetricsFile(run.dir / "metrics.csv"))
-        trainer = build_trainer(config, run.dir, [*extra, recorder, Progress(console, recorder, progress), checkpoints])
-        if trainer.is_global_zero:
-            prepare_folder(run, recorder.metrics, step)
-            console.show = None if progress == "none" else print
-            stop.notice = console.line
-            recorder.trackers = build_trackers(config, run.dir, dict(parameter_counts(module.model), code=code_version(), model_summary=str(ModelSummary(module, max_depth=2))))
-            for line in [f"run {run.dir}", *introduce(config, module), f"resumed at step {step}" if checkpoint else "new run"]: console.line(line)
-        with stop, ending(run, trainer, console):
-            try: trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            finally:
-                for tracker in recorder.trackers: tracker.finish(failed=sys.exc_info()[0] is not None)
+        train(run, config, module, data, extra, checkpoint, step, progress)
     return run
+
+def train(run: Run, config: RunConfig, module: LanguageModule, data: TextData, extra: list[pl.Callback], checkpoint: Path | None, step: int, progress: str) -> None:
+    "The training itself, in a run folder, from `checkpoint` (saved at `step`) if there is one."
+    console, stop, metrics = Console(run.dir / "console.log"), StopSignals(), MetricsFile(run.dir / "metrics.csv")
+    recorder = Recorder(metrics)
+    checkpoints = Checkpoints(run.dir / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep_every, stop)
+    trainer = build_trainer(config, run.dir, [*extra, recorder, Progress(console, recorder, progress), checkpoints])
+    if trainer.is_global_zero:
+        prepare_folder(run, metrics, step)
+        console.show, stop.notice = None if progress == "none" else print, console.line
+        for line in [f"run {run.dir}", *introduce(config, module), f"resumed at step {step}" if checkpoint else "new run"]: console.line(line)
+    with stop, ending(run, trainer, console):
+        if trainer.is_global_zero: recorder.trackers = build_trackers(config, run.dir, dict(parameter_counts(module.model), code=code_version(), model_summary=str(ModelSummary(module, max_depth=2))))
+        try: trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        finally:
+            for tracker in recorder.trackers: tracker.finish(failed=sys.exc_info()[0] is not None)
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -162,7 +167,9 @@ def threads(count: int) -> Iterator[None]:
 def prepare_folder(run: Run, metrics: MetricsFile, step: int) -> None:
     "Make sure that checkpoints can be written, cut figures back to `step`, and mark the run as running. Raises RunError when the folder cannot be written."
     folder = run.dir / "checkpoints"
-    try: tempfile.TemporaryFile(dir=folder).close()
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+        for leftover in folder.glob(".*.tmp~"): leftover.unlink()            # of a run that was killed while it saved
     except OSError as error: raise RunError(f"{folder}: cannot be written ({error.strerror}); make it writable, or start a run elsewhere with run.runs_dir") from None
     if run.metrics: metrics.cut(step)
     run.set_status("running")

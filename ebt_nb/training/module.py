@@ -7,7 +7,7 @@ __all__ = ['Batch', 'network', 'token_space', 'expected_loss', 'calibrate', 'bui
            'EnergyLanguageModule', 'TransformerLanguageModule', 'build_module', 'CheckpointError', 'read_checkpoint',
            'damaged', 'check_tokenizer', 'load_module']
 
-# %% ../../nbs/42_module.ipynb #03a71a5a
+# %% ../../nbs/42_module.ipynb #36e4dc40
 import math
 import pickle
 from collections import defaultdict
@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..config import Objective, RunConfig, WorkbenchError, checked
+from ..config import IGNORE, Objective, RunConfig, WorkbenchError, checked
 from ..models.energy import EnergyTransformer, initialise_as_published
 from ..models.transformer import Transformer
 from ..noise import Keys
 from ..thinking.descent import Descent, DivergenceError
 from ..thinking.spaces import TokenSpace
-from .objectives import IGNORE, Outcome, energy_objective, feed_forward_objective
+from .objectives import Outcome, energy_objective, feed_forward_objective
 from .optim import build_optimizer, build_schedule, parameter_groups
 
-# %% ../../nbs/42_module.ipynb #6b2fecfa
+# %% ../../nbs/42_module.ipynb #600f64a0
 def network(config: RunConfig) -> EnergyTransformer | Transformer:
     "The network a configuration describes, not calibrated yet; its weights depend on `run.seed` and nothing else."
     m = config.model
@@ -38,6 +38,7 @@ def network(config: RunConfig) -> EnergyTransformer | Transformer:
         if m.kind == "transformer": return Transformer(**shape)
         model = EnergyTransformer.for_tokens(**shape, conditioning=m.conditioning, landscapes=config.thinking.steps)
         if m.init == "reference": initialise_as_published(model)
+        elif m.conditioning == "adaln_zero": nn.init.normal_(model.energy_head.weight, std=m.width**-0.5)
         return model
 
 # %% ../../nbs/42_module.ipynb #8be06c18
@@ -50,16 +51,16 @@ def token_space(model: EnergyTransformer, config: RunConfig) -> TokenSpace:
     std = t.start_std if t.rule == "probabilities" or m.init == "reference" else min(t.start_std, m.first_update_std)
     return TokenSpace(model.candidate_table, t.rule, t.start, std)
 
-# %% ../../nbs/42_module.ipynb #9801dad6
-def expected_loss(candidate: Float[Tensor, "*batch vocab"]) -> Float[Tensor, ""]:
+# %% ../../nbs/42_module.ipynb #4164f39b
+def expected_loss(candidate: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     "Cross-entropy of candidates, read as logits, against a token drawn uniformly (nats)."
-    return (candidate.logsumexp(-1) - candidate.mean(-1)).mean()
+    return candidate.logsumexp(-1) - candidate.mean(-1)
 
 @torch.no_grad()
 def calibrate(model: EnergyTransformer, config: RunConfig, samples: int = 4, positions: int = 16) -> float:
     """Rescale the energy head so that a candidate's first move has standard deviation `model.first_update_std`; returns what it was before.
 
-    Smaller where a step would otherwise cost more than 3 % of log V.
+    Smaller where a step would otherwise cost more than 3 % of log V, or any single prediction more than 20 %.
     """
     m = config.model
     tokens = torch.randint(m.vocab_size, (samples, positions), generator=torch.Generator().manual_seed(config.run.seed))
@@ -72,9 +73,11 @@ def calibrate(model: EnergyTransformer, config: RunConfig, samples: int = 4, pos
     still = moves(lambda embedded, landscape: 0 * embedded.sum(-1))
     measured = (moved()[0] - still[0]).std().item()
     model.energy_head.weight.mul_(m.first_update_std / measured)
-    for _ in range(12):
-        if all(expected_loss(a) - expected_loss(b) < 0.03 * math.log(m.vocab_size) for a, b in zip(moved(), still)): break
+    for attempt in range(12):
+        costs = [(expected_loss(a) - expected_loss(b)) / math.log(m.vocab_size) for a, b in zip(moved(), still)]
+        if all(cost.mean() < 0.03 and cost.max() < 0.2 for cost in costs): break
         model.energy_head.weight.div_(2)
+    if attempt: model.energy_head.weight.div_(4)
     return measured
 
 def build_model(config: RunConfig) -> EnergyTransformer | Transformer:
@@ -83,7 +86,7 @@ def build_model(config: RunConfig) -> EnergyTransformer | Transformer:
     if isinstance(model, EnergyTransformer) and config.model.init == "calibrated": calibrate(model, config)
     return model
 
-# %% ../../nbs/42_module.ipynb #60e357a1
+# %% ../../nbs/42_module.ipynb #72390745
 Batch = dict[str, Int[Tensor, "..."]]
 
 class LanguageModule(pl.LightningModule):
@@ -95,6 +98,7 @@ class LanguageModule(pl.LightningModule):
         self.tokenizer: dict[str, str] | None = None             # name and fingerprint, kept in checkpoints
         self.characters_per_token: float | None = None           # of the validation split
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
+        self.logged: set[str] = set()                            # names of the newest update's figures; Lightning keeps older ones too
         self.nats: list[Tensor] = []
 
     def outcome(self, batch: Batch, micro_step: int | None = None) -> Outcome:
@@ -124,6 +128,7 @@ class LanguageModule(pl.LightningModule):
         if not torch.isfinite(row["train/loss"]):
             raise DivergenceError(f"update {update}: the training loss is not finite. Usual causes: optim.peak_lr too large (try a tenth), optim.warmup_steps too few, or 16-bit precision overflowing")
         if self.descent is not None: row["train/alpha"] = self.descent.step_size.detach()
+        self.logged = {*row, "train/gradient_norm"}
         self.log_dict(row | {"lr": optimizer.param_groups[0]["lr"]}, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:

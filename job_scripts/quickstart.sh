@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained model and its report: sets up .venv, then trains a small energy model and its baseline on the embedded novels.
+# Whatever is given is handed on to `ebt run`, such as: bash job_scripts/quickstart.sh -p trainer.max_steps=100 --runs-dir /tmp/runs
+set -euo pipefail
+here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$here/job_scripts/setup.sh"
+exec "$here/.venv/bin/ebt" run pretrain --preset text/quickstart "$@"

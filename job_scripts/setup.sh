@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Make or repair .venv: Python 3.11 or newer, the packages of constraints.txt, and this project, editable. Does nothing else, and is quick when nothing changed.
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=.venv/bin/python
+stamp=.venv/.set-up           # what .venv was last set up for
+unfinished=.venv/.unfinished  # there while packages are being installed; left behind by a kill
+
+fingerprint() { { cat settings.ini setup.py constraints.txt; echo "$PWD"; "$python" --version; } 2>&1 | cksum; }
+
+# The interpreter starts, the main packages are there, and ebt_nb is this checkout's.
+sound() {
+    "$python" -P - 2>/dev/null <<'CHECK'
+import importlib.util, pathlib, sys
+needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard nbdev pytest beartype build ebt_nb"
+specs = [importlib.util.find_spec(name) for name in needed.split()]
+sys.exit(not (all(s and s.origin for s in specs) and pathlib.Path(specs[-1].origin).parents[1] == pathlib.Path.cwd()))
+CHECK
+}
+
+find_python() {
+    for candidate in python3.11 python3.12 python3.13 python3 python; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo "$candidate"; return; fi
+    done
+    echo "setup: no Python 3.11 or newer with its venv module was found (Debian and Ubuntu: apt install python3 python3-venv)" >&2
+    return 1
+}
+
+make_venv() {
+    local found
+    found=$(find_python)
+    echo "setup: making .venv with $("$found" --version)"
+    "$found" -m venv --clear .venv
+}
+
+install() {
+    echo "setup: installing the packages of constraints.txt (about 2 GB; minutes the first time)"
+    touch "$unfinished"
+    local failed=0
+    "$python" -m pip install --quiet --no-input --disable-pip-version-check -e '.[dev,tensorboard]' -c constraints.txt </dev/null || failed=$?
+    rm -f "$unfinished"
+    if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
+}
+
+if [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && sound; then exit 0; fi
+
+if [ -e "$unfinished" ] || ! "$python" -m pip --version >/dev/null 2>&1 || ! grep -qF "$PWD/.venv" .venv/bin/activate; then make_venv; fi
+install
+if ! sound; then    # packages that pip takes for installed, but whose files are gone
+    make_venv
+    install
+    sound || { echo "setup: .venv still lacks packages; remove .venv and run this again" >&2; exit 1; }
+fi
+fingerprint > "$stamp"
+echo "setup: .venv is ready"
