@@ -19,6 +19,10 @@ def pytest_addoption(parser):
     parser.addoption("--parity-dtype", default="float64", choices=["float64", "float32"], help="number format of the parity tests")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "agreement: notebooks, package and README say the same; tests/run.sh runs these first")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The checkout."

@@ -75,8 +75,7 @@ def fails(): raise ZeroDivisionError("a defect")
 def interrupts(): os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("step", [3, 8, 11])         # before the first checkpoint; between checkpoints; in an update that a validation follows
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe, step", [("system 1", 3), ("system 1", 11), *((recipe, 8) for recipe in RECIPES)])     # before the first checkpoint; before a validation; between checkpoints
 def test_failed_and_resumed(recipe, step, folder, straight, monkeypatch):
     monkeypatch.setitem(CALLBACKS, "fails", lambda config: At(step, fails))
     run = Run.create(tiny(folder, **RECIPES[recipe]))

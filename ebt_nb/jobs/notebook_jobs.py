@@ -200,7 +200,7 @@ def execute(job: Job) -> None:
             if isinstance(error, OSError): raise NotebookFailed(f"{job.folder}: the report cannot be written ({error.strerror}); free some space") from None
             raise NotebookFailed(f"the notebook's process ended ({error}); often the memory was used up") from None
 
-# %% ../../nbs/70_notebook_jobs.ipynb #de23a2ef
+# %% ../../nbs/70_notebook_jobs.ipynb #87832582
 def run_notebook(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None) -> Path:
     """Run an experiment notebook as a job; returns its folder.
 
@@ -219,7 +219,8 @@ def run_notebook(notebook: str | Path, preset: str | None = None, settings: list
         raise NotebookFailed(f"{job.notebook.stem} failed: {error}\nThe report so far: {report_of(job.folder)}") from None
     finish(job, "done", about)
     summary = job.folder / "summary.txt"
-    if summary.is_file(): print(f"\n{summary.read_text(encoding='utf-8').strip()}")
+    last_words = summary.read_text(encoding="utf-8").strip() if summary.is_file() else ""
+    if not (job.folder / "console.log").read_text(encoding="utf-8").rstrip().endswith(last_words): print(f"\n{last_words}")
     print(f"\nreport: {report_of(job.folder)}", flush=True)
     return job.folder
 

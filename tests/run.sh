@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything a change must pass: sets up .venv, checks that notebooks and package agree, runs every notebook (nbdev_test) and every test (pytest).
+# The last line counts both: `N passed, N failed`.
+set -uo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null
+bash job_scripts/setup.sh || exit 1
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export MPLBACKEND=Agg
+python=.venv/bin/python
+passed=0 failed=0
+
+# Counts the tests of a junit file; one failure if pytest did not get as far as writing it.
+count_tests() {
+    local counts
+    counts=$("$python" - "$1" <<'COUNT'
+import sys, xml.etree.ElementTree as tree
+suite = tree.parse(sys.argv[1]).getroot().find("testsuite")
+tests, failures, errors, skipped = (int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped"))
+print(tests - failures - errors - skipped, failures + errors)
+COUNT
+    ) || counts="0 1"
+    passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
+}
+
+echo "== notebooks and package agree"
+"$python" -m pytest -q tests -m agreement --junitxml "$work/agree.xml"
+count_tests "$work/agree.xml"
+
+echo "== notebooks"
+OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 2>&1 | tee "$work/notebooks.log"
+status=${PIPESTATUS[0]}
+notebooks=$("$python" -c "from nbdev.doclinks import nbglob; print(len(nbglob()))")
+bad=$(sed -n '/^nbdev Tests Failed On The Following Notebooks/,$p' "$work/notebooks.log" | grep -c '^[[:space:]].*\.ipynb$')
+if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
+passed=$((passed + notebooks - bad)) failed=$((failed + bad))
+
+echo "== tests"
+"$python" -m pytest -q -rs tests -m "not agreement" --durations 10 --junitxml "$work/tests.xml"
+count_tests "$work/tests.xml"
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
