@@ -266,7 +266,7 @@ def tokenizer_size(tokenizer: str) -> int:
     try: return Tokenizer.from_file(str(Path(tokenizer).expanduser())).get_vocab_size()
     except Exception as error: raise ConfigError(f"data.tokenizer: {tokenizer!r} is neither embedded ({', '.join(TOKENIZER_SIZES)}){nearest(tokenizer, TOKENIZER_SIZES)} nor a tokenizer.json that can be read ({error})") from None
 
-# %% ../nbs/00_config.ipynb #3a544215
+# %% ../nbs/00_config.ipynb #50117179
 @preset("text/ebt_s1")
 def text_ebt_s1(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
     "The paper's System 1 language model: two detached steps, learned step size, loss averaged over steps; RedPajama-V2, context 256."
@@ -286,10 +286,10 @@ def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfi
     "Minutes on a laptop: a small System 1 model with step_embed conditioning on the embedded novels."
     return checked(dict(
         run=dict(name="text/quickstart"), model=model_of("ebt", size, tokenizer),
-        thinking=dict(steps=2, step_size=5.0),
+        thinking=dict(steps=2, step_size=5.0, start_std=round(math.sqrt(2 * math.log(tokenizer_size(tokenizer))), 2)),
         data=dict(source="austen", tokenizer=tokenizer, context=128, batch_size=16),
         optim=dict(peak_lr=2 * SIZES[size].learning_rate, step_size_lr_multiplier=1.0, warmup_steps=50),
-        trainer=dict(max_steps=600, val_every=100, val_batches=20, checkpoint_every=200, log_every=10, accelerator="cpu")))
+        trainer=dict(max_steps=700, val_every=100, val_batches=20, checkpoint_every=350, log_every=10, accelerator="cpu")))
 
 # %% ../nbs/00_config.ipynb #abddaa50
 def parse_value(text: str) -> Any:

@@ -38,7 +38,7 @@ install() {
     echo "setup: installing the packages of constraints.txt (about 2 GB; minutes the first time)"
     touch "$unfinished"
     local failed=0
-    "$python" -m pip install --quiet --no-input --disable-pip-version-check -e '.[dev,tensorboard]' -c constraints.txt </dev/null || failed=$?
+    "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check -e '.[dev,tensorboard]' -c constraints.txt </dev/null || failed=$?
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }

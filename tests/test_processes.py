@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from ebt_nb.config import build_config
-from ebt_nb.runs import Run
+from ebt_nb.runs import find_runs
 from ebt_nb.training.fit import fit
 from ebt_nb.training.module import read_checkpoint
 
 SCRIPT = """
 import os, signal, sys
 import lightning.pytorch as pl
-from ebt_nb.runs import Run
+from ebt_nb.config import load_config
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
 
@@ -22,8 +22,7 @@ class CtrlC(pl.Callback):
         if trainer.global_step == 6 and trainer.global_rank == 0: os.kill(os.getpid(), signal.SIGINT)
 
 CALLBACKS["ctrl_c"] = lambda config: CtrlC()
-run = Run.open(sys.argv[1])
-fit(run.config, run, progress="plain")
+fit(load_config(sys.argv[1]), progress="plain")
 """
 
 
@@ -36,11 +35,12 @@ def config(folder, processes, **changes):
 
 def test_two_processes_are_one(tmp_path):
     alone = fit(config(tmp_path, 1), progress="none")
-    run = Run.create(config(tmp_path, 2, **{"trainer.callbacks": ["ctrl_c"]}))
-    script = tmp_path / "script.py"
+    script, both = tmp_path / "script.py", tmp_path / "both.yaml"
     script.write_text(SCRIPT)
-    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(run.dir)], capture_output=True, text=True, timeout=120)
-    assert run.status == "interrupted", process.stderr
+    both.write_text(config(tmp_path, 2, **{"trainer.callbacks": ["ctrl_c"]}).to_yaml())
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(both)], capture_output=True, text=True, timeout=120)
+    run, *others = [found for found in find_runs(tmp_path / "runs") if found.dir != alone.dir]
+    assert run.status == "interrupted" and not others, process.stderr
     checkpoint = read_checkpoint(run.checkpoint())
     assert (checkpoint["global_step"], checkpoint["micro_steps"]) == (7, 14)         # both ranks stopped after the update in which one was told to
     assert "4 sequences x 16 tokens x 2 accumulated x 2 processes = 16 sequences" in (run.dir / "console.log").read_text()

@@ -103,6 +103,7 @@ def test_tokenizer_does_not_match(run, tmp_path):
     ({"model.width": 64}, CheckpointError, ["model.width is 64, in the checkpoint 32"]),
     ({"model.conditioning": "adaln", "thinking.steps": 3}, CheckpointError, ["model.conditioning is adaln, in the checkpoint step_embed", "thinking.steps is 3, in the checkpoint 2"]),
     ({"optim.name": "lars"}, CheckpointError, ["optim.name is lars, in the checkpoint adamw", "config.yaml"]),
+    ({"optim.peak_lr": 0.1, "trainer.accumulate": 2}, CheckpointError, ["optim.peak_lr is 0.1", "trainer.accumulate is 2, in the checkpoint 1"]),
     ({"run.seed": 34}, DataError, ["seed 33", "seed 34"]),
     ({"data.context": 32}, DataError, ["other data"]),
 ])

@@ -8,7 +8,7 @@ __all__ = ['Tracker', 'CALLBACKS', 'AtomicCheckpoints', 'StopSignals', 'StopRequ
            'check_tracking', 'build_trackers', 'Recorder', 'Console', 'shown', 'Progress', 'callback', 'early_stopping',
            'named_callbacks', 'quiet']
 
-# %% ../../nbs/43_callbacks.ipynb #74187f95
+# %% ../../nbs/43_callbacks.ipynb #ebacd285
 import contextlib
 import importlib
 import logging
@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
 
 from ..config import ConfigError, RunConfig, WorkbenchError, nearest
@@ -250,7 +252,7 @@ def shown(row: dict[str, float], total: int, seconds_left: float | None = None) 
     if seconds_left is not None: parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
 
-# %% ../../nbs/43_callbacks.ipynb #7f580e90
+# %% ../../nbs/43_callbacks.ipynb #a3234870
 class Progress(pl.Callback):
     "Says how far training is: a bar on a terminal (`rich`), else lines (`plain`), at least `every` seconds apart."
     def __init__(self, console: Console, recorder: Recorder, style: Literal["rich", "plain", "none"], every: float = 5.0):
@@ -260,10 +262,10 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
         self.began, self.first_step, self.said = time.perf_counter(), trainer.global_step, time.perf_counter()
         if not (self.wants_bar and trainer.is_global_zero): return
-        self.bar = RichProgress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.bar = RichProgress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn(), console=RichConsole(force_jupyter=False))
         self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step)
         self.bar.start()
-        self.console.show = self.bar.console.print
+        self.console.show = partial(self.bar.console.print, markup=False, highlight=False)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, now, latest = trainer.global_step, time.perf_counter(), self.recorder.latest
