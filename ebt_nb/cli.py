@@ -57,7 +57,7 @@ def shown(run: Run) -> list[str]:
             f"model: {model.kind} {model.size} ({model.layers} layers, width {model.width})", f"data: {data.source}, tokenizer {data.tokenizer}, context {data.context}",
             f"steps: {newest.get('step', 0)} of {trainer.max_steps}", f"checkpoints: {checkpoints}", "newest figures:", *(f"  {name}: {value:.6g}" for name, value in newest.items() if name != "step")]
 
-# %% ../nbs/80_cli.ipynb #386364d6
+# %% ../nbs/80_cli.ipynb #6b8b7009
 def run(args: argparse.Namespace) -> None:
     "Execute an experiment notebook as a job."
     from ebt_nb.jobs.notebook_jobs import run_notebook
@@ -69,8 +69,7 @@ def train(args: argparse.Namespace) -> None:
     earlier = find_run(args.resume) if args.resume else None
     config = load_config(args.config) if args.config else earlier.config
     from ebt_nb.training.fit import fit
-    finished = fit(config, run=earlier, resume=earlier is not None, progress="rich" if sys.stdout.isatty() else "plain")
-    print(f"run: {finished.dir}")
+    fit(config, run=earlier, resume=earlier is not None, progress="rich" if sys.stdout.isatty() else "plain")
 
 # %% ../nbs/80_cli.ipynb #9f4d91b2
 def lab(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ echo "== notebooks and package agree"
 count_tests "$work/agree.xml"
 
 echo "== notebooks"
-OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 2>&1 | tee "$work/notebooks.log"
+OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --timing 2>&1 | tee "$work/notebooks.log"
 status=${PIPESTATUS[0]}
 notebooks=$("$python" -c "from nbdev.doclinks import nbglob; print(len(nbglob()))")
 bad=$(sed -n '/^nbdev Tests Failed On The Following Notebooks/,$p' "$work/notebooks.log" | grep -c '^[[:space:]].*\.ipynb$')

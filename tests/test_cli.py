@@ -13,8 +13,8 @@ import nbformat
 import pytest
 
 from ebt_nb.cli import main
-from ebt_nb.config import PRESETS, SIZES, load_config
-from ebt_nb.runs import read_status
+from ebt_nb.config import PRESETS, SIZES, build_config, load_config
+from ebt_nb.runs import find_runs, read_status
 
 EBT = Path(sys.executable).with_name("ebt")
 PARAMETERS = 'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\ngreeting = "hello"\ntimes = 2'
@@ -183,6 +183,21 @@ def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, noteb
         out, err = process.communicate()
     assert process.returncode == 130 and err.endswith("ebt: interrupted\n") and "Traceback" not in err
     assert read_status(only_folder(tmp_path / "runs"))["status"] == "interrupted"
+
+
+# Training from a file
+
+def test_train_list_and_resume(tmp_path):
+    tiny = {"model.width": 32, "model.heads": 2, "data.context": 16, "data.batch_size": 4, "data.max_documents": 50, "data.cache_dir": str(tmp_path / "cache"), "trainer.val_batches": 1, "trainer.threads": 1}
+    for name, steps in [("short", 2), ("longer", 4)]: (tmp_path / f"{name}.yaml").write_text(build_config("text/quickstart", tiny | {"trainer.max_steps": steps}).to_yaml())
+    code, out, err = ebt("train", "short.yaml", cwd=tmp_path)
+    assert code == 0 and "step 2/2" in out, err
+    code, out, err = ebt("train", "longer.yaml", "--resume", "text/quickstart", cwd=tmp_path)
+    assert code == 0 and "resumed at step 2" in out and "step 4/4" in out, err
+    [run] = find_runs(tmp_path / "runs")
+    header, line = ebt("runs", cwd=tmp_path)[1].splitlines()
+    assert line.split()[:3] == [f"text/quickstart/{run.dir.name}", "done", "4"]
+    assert f"folder: {run.dir}\nstatus: done\n" in ebt("runs", "show", run.dir.name, cwd=tmp_path)[1]
 
 
 # JupyterLab

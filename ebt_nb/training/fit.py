@@ -6,9 +6,8 @@
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
            'introduce', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #127751ae
+# %% ../../nbs/44_fit.ipynb #27a3d4c2
 import contextlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +123,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #464d697e
+# %% ../../nbs/44_fit.ipynb #8127388f
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich") -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -158,9 +157,12 @@ def train(run: Run, config: RunConfig, module: LanguageModule, data: TextData, e
         for line in [f"run {run.dir}", *introduce(config, module), f"resumed at step {step}" if checkpoint else "new run"]: console.line(line)
     with stop, ending(run, trainer, console):
         if trainer.is_global_zero: recorder.trackers = build_trackers(config, run.dir, dict(parameter_counts(module.model), code=code_version(), model_summary=str(ModelSummary(module, max_depth=2))))
-        try: trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        failed = True
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            failed = False
         finally:
-            for tracker in recorder.trackers: tracker.finish(failed=sys.exc_info()[0] is not None)
+            for tracker in recorder.trackers: tracker.finish(failed)
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
