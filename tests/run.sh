@@ -8,7 +8,6 @@ bash job_scripts/setup.sh || exit 1
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export MPLBACKEND=Agg
 python=.venv/bin/python
 passed=0 failed=0
 

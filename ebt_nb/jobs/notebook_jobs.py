@@ -150,7 +150,7 @@ def headings(terminal: Tee):
         for line in found: terminal.write(f"[{time.monotonic() - start:4.0f} s] {line.lstrip('# ')}\n")
     return announce
 
-# %% ../../nbs/70_notebook_jobs.ipynb #d284bf96
+# %% ../../nbs/70_notebook_jobs.ipynb #33619b89
 class Interruptions:
     "While entered, hands Ctrl-C and SIGTERM on to the kernel and counts them; the third ends it. Only the main thread can listen."
     def __init__(self): self.count, self.kernel, self.previous = 0, None, {}
@@ -162,12 +162,13 @@ class Interruptions:
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.previous.items(): signal.signal(number, handler)
 
-    def manager(self) -> type[AsyncKernelManager]:
-        "The class that papermill makes its kernel with; the kernel is remembered here."
+    def manager(self, log) -> type[AsyncKernelManager]:
+        "The class that papermill makes its kernel with, which is remembered here. Figures go into the notebook whatever MPLBACKEND says, and what its process itself says into the log."
         class Manager(AsyncKernelManager):
-            def __init__(manager, **settings: Any):
-                super().__init__(**settings)
+            def start_kernel(manager, **settings: Any):
                 self.kernel = manager
+                env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+                return super().start_kernel(env=env, stdout=log, stderr=log, **settings)
         return Manager
 
     def note(self, number: int, frame: Any) -> None:
@@ -180,17 +181,17 @@ class Interruptions:
         "Go no further once a signal has come, even if the notebook took no notice of it."
         if self.count: raise KeyboardInterrupt
 
-# %% ../../nbs/70_notebook_jobs.ipynb #e80c3cf6
+# %% ../../nbs/70_notebook_jobs.ipynb #d1493d9e
 def execute(job: Job) -> None:
     "Execute the job's notebook into its folder. Raises KeyboardInterrupt when it was interrupted, NotebookFailed with the cell's error when it failed."
-    with open(job.folder / "console.log", "w", encoding="utf-8") as log, Interruptions() as interruptions:
+    with open(job.folder / "console.log", "a", encoding="utf-8") as log, Interruptions() as interruptions:
         terminal = Tee(sys.stdout, log)
         announce = headings(terminal)
         def cell_starts(cell, cell_index):
             interruptions.stop_here()
             announce(cell, cell_index)
         try:
-            papermill.execute_notebook(job.notebook, job.folder / "report.ipynb", job.parameters, cwd=job.folder, kernel_name="python3", kernel_manager_class=interruptions.manager(),
+            papermill.execute_notebook(job.notebook, job.folder / "report.ipynb", job.parameters, cwd=job.folder, kernel_name="python3", kernel_manager_class=interruptions.manager(log),
                                        extra_arguments=["--IPKernelApp.log_level=50"], progress_bar=False, stdout_file=terminal, stderr_file=terminal, autosave_cell_every=5, on_cell_start=cell_starts)
         except PapermillExecutionError as error:
             if interruptions.count or error.ename in ("KeyboardInterrupt", "Interrupted"): raise KeyboardInterrupt from None
@@ -200,7 +201,7 @@ def execute(job: Job) -> None:
             if isinstance(error, OSError): raise NotebookFailed(f"{job.folder}: the report cannot be written ({error.strerror}); free some space") from None
             raise NotebookFailed(f"the notebook's process ended ({error}); often the memory was used up") from None
 
-# %% ../../nbs/70_notebook_jobs.ipynb #87832582
+# %% ../../nbs/70_notebook_jobs.ipynb #b9e075d7
 def run_notebook(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None) -> Path:
     """Run an experiment notebook as a job; returns its folder.
 
@@ -220,7 +221,7 @@ def run_notebook(notebook: str | Path, preset: str | None = None, settings: list
     finish(job, "done", about)
     summary = job.folder / "summary.txt"
     last_words = summary.read_text(encoding="utf-8").strip() if summary.is_file() else ""
-    if not (job.folder / "console.log").read_text(encoding="utf-8").rstrip().endswith(last_words): print(f"\n{last_words}")
+    if last_words not in (job.folder / "console.log").read_text(encoding="utf-8"): print(f"\n{last_words}")
     print(f"\nreport: {report_of(job.folder)}", flush=True)
     return job.folder
 
