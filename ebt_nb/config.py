@@ -9,9 +9,9 @@ __all__ = ['SIZES', 'IGNORE', 'Conditioning', 'TOKENIZER_SIZES', 'PRESETS', 'Wor
            'text_ebt_s1', 'text_transformer', 'text_quickstart', 'parse_value', 'parse_overrides', 'build_config',
            'describe']
 
-# %% ../nbs/00_config.ipynb #e09fe899
+# %% ../nbs/00_config.ipynb #97038e9b
 import difflib, io, json, math, re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -201,11 +201,14 @@ class RunConfig(Section):
 
 TOKENIZER_SIZES = {"austen_2k": 2048, "austen_8k": 8192, "gpt_neox": 50277}
 
-# %% ../nbs/00_config.ipynb #2e55e624
-def nearest(name: str, names) -> str:
-    "A hint ': did you mean X?' if one of `names` is close to `name`, else nothing."
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+# %% ../nbs/00_config.ipynb #6ed2ecad
+def nearest(name: str, names: Iterable[str]) -> str:
+    "A hint such as ` (did you mean 'model.width'?)` if one of `names`, or the part of one after its last dot, is close to `name`; else nothing."
+    def ending(key): return key.rpartition(".")[2]
+    for of in (str, ending):
+        known = {of(key): key for key in names}
+        if close := difflib.get_close_matches(of(name), known, n=1, cutoff=0.5): return f" (did you mean {known[close[0]]!r}?)"
+    return ""
 
 def keys(config: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
     "All dotted keys of the tree, each with its pydantic field."
@@ -222,9 +225,7 @@ def explain(error: ValidationError) -> str:
     for e in error.errors():
         where, what = ".".join(str(part) for part in e["loc"]), e["msg"].removeprefix("Value error, ")
         if e["type"] == "extra_forbidden":
-            by_leaf = {k.split(".")[-1]: k for k in keys()}
-            hint = nearest(where, keys()) or (nearest(where.split(".")[-1], by_leaf) and f" (did you mean {by_leaf[difflib.get_close_matches(where.split('.')[-1], list(by_leaf), 1, 0.5)[0]]!r}?)")
-            lines.append(f"{where}: no such key{hint}; `ebt presets --keys` lists them all")
+            lines.append(f"{where}: no such key{nearest(where, keys())}; `ebt presets --keys` lists them all")
         elif e["type"].startswith("value_error"): lines.append(f"{where}.{what}" if where else what)
         else: lines.append(f"{where}: {what[0].lower() + what[1:]}, got {e['input']!r}")
     return "\n".join(lines)

@@ -17,8 +17,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ebt_nb.config import build_config
-from ebt_nb.data import text
-from ebt_nb.data.text import ASSETS, DataError, TextData, load_tokenizer
+from ebt_nb.data import serving, text
+from ebt_nb.data.serving import TextData
+from ebt_nb.data.text import ASSETS, DataError, load_tokenizer
 
 NOVEL = gzip.decompress((ASSETS / "text/austen/northanger_abbey.txt.gz").read_bytes()).decode()
 DOCUMENTS = [paragraph for paragraph in NOVEL[:60_000].split("\n\n") if paragraph.strip()]
@@ -171,7 +172,7 @@ warnings.filterwarnings("ignore")
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
 from ebt_nb.config import load_config
-from ebt_nb.data.text import TextData
+from ebt_nb.data.serving import TextData
 import test_data
 class Writer(test_data.Recorder):
     def on_train_end(self): (folder / f"{self.name}-rank{self.global_rank}.json").write_text(json.dumps(self.seen))
@@ -340,7 +341,7 @@ def test_bad_corpora_are_refused_when_streamed(tmp_path, name):
 def test_more_streams_than_documents_is_an_error_not_a_hang(tmp_path):
     config = configured(tmp_path, source=write_jsonl(tmp_path / "few.jsonl", [NOVEL[:30_000]]), streaming=True, validation_fraction=1e-9)
     source = TextData(config).source
-    stream = text.Stream(text.open_source(source)[0]["train"], source, load_tokenizer("austen_2k"), 16, 4, 33, number=1, of=2, held_out=0.0)
+    stream = serving.Stream(text.open_source(source)[0]["train"], source, load_tokenizer("austen_2k"), 16, 4, 33, number=1, of=2, held_out=0.0)
     with pytest.raises(DataError, match="stream 1 of 2 found no document.*data.workers"): next(stream.batches(None, 0))
     with pytest.raises(DataError, match="raise data.validation_fraction"): opened(config)
 

@@ -121,11 +121,11 @@ def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | 
     values = own | {name: value for name, value in [("preset", preset), ("overrides", overrides), ("run_dir", str(folder))] if name in declared}
     return Job(path, values, folder, config)
 
-# %% ../../nbs/70_notebook_jobs.ipynb #e472643a
+# %% ../../nbs/70_notebook_jobs.ipynb #afaaee21
 def check_data(config: RunConfig) -> None:
     "Read and pack the corpus unless it is an embedded one. Raises DataError when it cannot be used, and then leaves nothing behind."
     if config.data.source == "austen" and config.data.tokenizer in TOKENIZER_SIZES: return
-    from ebt_nb.data.text import TextData
+    from ebt_nb.data.serving import TextData
     TextData(config).prepare_data()
 
 # %% ../../nbs/70_notebook_jobs.ipynb #93c6a8ab

@@ -113,12 +113,12 @@ class EnergyTransformer(nn.Module):
     def _angles(self, start: int, end: int, like: Tensor) -> Tensor:
         return rotary_angles(torch.arange(start, end, device=like.device), self.head_width, self.rope_base, like.dtype)
 
-# %% ../../nbs/12_energy.ipynb #3ac47dc5
+# %% ../../nbs/12_energy.ipynb #1ec7e6eb
 @torch.no_grad()
 def initialise_energy(model: EnergyTransformer) -> None:
     """Start in the usual range and looking at what is near: see `12_energy`.
 
-    For `adaln` gates start at one and modulation at nearly nothing; for `adaln_zero` gates start at zero: each block is the identity.
+    For `adaln` gates start at one and modulation at nearly nothing; for `adaln_zero` gates start at zero, each block is the identity, and the head has a random direction.
     """
     initialise(model)
     width = model.energy_head.in_features
@@ -131,7 +131,8 @@ def initialise_energy(model: EnergyTransformer) -> None:
     for block in model.blocks:
         queries, keys, _ = block.attention.qkv.weight.chunk(3)
         keys.copy_(queries)
-    model.energy_head.weight.copy_(common / common.norm())
+    if model.conditioning == "adaln_zero": nn.init.normal_(model.energy_head.weight, std=width**-0.5)
+    else: model.energy_head.weight.copy_(common / common.norm())
     adaptive = [(block.adaptive, 6) for block in model.blocks if block.adaptive is not None]
     if model.final_adaptive is not None: adaptive.append((model.final_adaptive, 2))
     for layer, pieces in adaptive:

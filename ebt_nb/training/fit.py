@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
            'introduce', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #27a3d4c2
+# %% ../../nbs/44_fit.ipynb #9d4a1986
 import contextlib
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
 from ..config import ConfigError, RunConfig, WorkbenchError, keys
-from ..data.text import TextData
+from ..data.serving import TextData
 from ..runs import MetricsFile, Run, RunError
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
                                        code_version, named_callbacks, quiet)

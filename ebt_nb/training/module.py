@@ -28,7 +28,7 @@ from ..thinking.spaces import TokenSpace
 from .objectives import Outcome, energy_objective, feed_forward_objective
 from .optim import build_optimizer, build_schedule, parameter_groups
 
-# %% ../../nbs/42_module.ipynb #600f64a0
+# %% ../../nbs/42_module.ipynb #6b2fecfa
 def network(config: RunConfig) -> EnergyTransformer | Transformer:
     "The network a configuration describes, not calibrated yet; its weights depend on `run.seed` and nothing else."
     m = config.model
@@ -38,7 +38,6 @@ def network(config: RunConfig) -> EnergyTransformer | Transformer:
         if m.kind == "transformer": return Transformer(**shape)
         model = EnergyTransformer.for_tokens(**shape, conditioning=m.conditioning, landscapes=config.thinking.steps)
         if m.init == "reference": initialise_as_published(model)
-        elif m.conditioning == "adaln_zero": nn.init.normal_(model.energy_head.weight, std=m.width**-0.5)
         return model
 
 # %% ../../nbs/42_module.ipynb #8be06c18
