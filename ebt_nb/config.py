@@ -6,8 +6,8 @@
 __all__ = ['SIZES', 'IGNORE', 'Conditioning', 'TOKENIZER_SIZES', 'PRESETS', 'WorkbenchError', 'ConfigError', 'Size', 'Section',
            'Run', 'Model', 'Thinking', 'Objective', 'Data', 'Optim', 'Trainer', 'Inference', 'Tracking', 'RunConfig',
            'nearest', 'keys', 'explain', 'checked', 'load_config', 'preset', 'model_of', 'tokenizer_size',
-           'text_ebt_s1', 'text_transformer', 'text_quickstart', 'parse_value', 'parse_overrides', 'build_config',
-           'describe']
+           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'parse_value', 'parse_overrides',
+           'build_config', 'describe']
 
 # %% ../nbs/00_config.ipynb #97038e9b
 import difflib, io, json, math, re
@@ -82,12 +82,12 @@ class Model(Section):
             raise ValueError(f"heads: width {self.width} cannot be cut into {self.heads} heads of even width; heads that fit: {', '.join(map(str, fits))}")
         return self
 
-# %% ../nbs/00_config.ipynb #d9b6ab23
+# %% ../nbs/00_config.ipynb #5c218412
 class Thinking(Section):
     "Policy of the descent: how a candidate starts, how far and how often it moves, and what is random about it."
     steps: int = Field(2, ge=1, description="landscapes, visited in order; with one visit each (System 1) this is the number of thinking steps")
     visits_min: int = Field(1, ge=1, description="fewest visits of a landscape in training (drawn uniformly per batch)")
-    visits_max: int = Field(1, ge=1, description="most visits of a landscape in training; outside training the last landscape gets this many, the others one")
+    visits_max: int = Field(1, ge=1, description="most visits of a landscape in training; outside training the last landscape gets this many, the others one, unless infer_steps is set")
     visits_last_only: bool = Field(False, description="repeat only the last landscape")
     rule: Literal["probabilities", "logits", "raw"] = Field("probabilities", description="how a token candidate enters the network and what the energy gradient is taken by")
     start: Literal["noise", "zeros"] = Field("noise", description="the first candidate")
@@ -101,6 +101,21 @@ class Thinking(Section):
     truncate: bool = Field(False, description="only the last step's gradient is differentiated; needs detach=false and objective.steps=last")
     clamp: float | None = Field(None, gt=0, description="largest change of a candidate's entry in one step; none if null")
     accept_only_lower: bool = Field(False, description="take a move only where it lowers the energy of the landscape it was made in")
+    anneal: float = Field(1.0, gt=0, description="size of a descent's last step over its first, geometric in between: below 1 anneals, above 1 warms up")
+    curvature: float | None = Field(None, gt=0, description="c: no step is longer than c / (largest curvature of the energy where it starts), found by power iteration; none if null")
+    curvature_iterations: int = Field(3, ge=1, description="power iterations for the curvature")
+    replay: int = Field(0, ge=0, description="entries of the replay buffer, from which earlier predictions are thought further in training; 0 is off")
+    replay_share: float = Field(0.5, gt=0, le=1, description="rows drawn from the replay buffer and trained on beside the fresh ones, as a share of the batch")
+    replay_precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="number format of the candidates in the replay buffer")
+    infer_steps: int | None = Field(None, ge=1, description="steps outside training, in all; the last landscape takes those beyond one each; as scheduled if null")
+    infer_step_size: float | None = Field(None, gt=0, description="alpha outside training; the trained one if null")
+    infer_step_size_factor: float = Field(1.0, gt=0, description="outside training alpha is multiplied by this")
+    infer_step_size_last_only: bool = Field(False, description="infer_step_size and infer_step_size_factor apply in the last landscape only")
+    infer_noise: float | None = Field(None, ge=0, description="standard deviation of the Langevin noise outside training; as in training if null")
+    infer_noise_first_only: bool = Field(False, description="outside training, Langevin noise before the first step only")
+    samples: int = Field(1, ge=1, description="outside training: candidates thought about for each prediction, of which one is chosen by energy")
+    choose: Literal["lowest", "largest_fall", "highest"] = Field("lowest", description="which of the samples is taken: lowest final energy, largest fall of energy, or (to compare with) highest final energy")
+    early_stop: float | None = Field(None, ge=0, description="outside training: a candidate is left alone once a step has lowered its energy by no more than this; never if null")
 
     @model_validator(mode="after")
     def _possible(self):
@@ -108,7 +123,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #20a01d67
+# %% ../nbs/00_config.ipynb #7a82bb07
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -117,7 +132,8 @@ class Objective(Section):
 
 class Data(Section):
     "What is read, how it is cut into tokens, and how it is served."
-    source: str = Field("austen", description="'austen' (embedded), 'redpajama-v2', 'fineweb', a hub name, or a path to text, json(l) or parquet files")
+    source: str = Field("austen", description="'austen' (embedded), 'redpajama-v2', 'fineweb', a question set ('gsm8k', 'dyck_generated', ...), a hub name, or a path to text, json(l) or parquet files")
+    task: Literal["text", "questions"] = Field("text", description="what a path or hub name holds: 'text', or 'questions' with columns question, answer and perhaps choices, trained on answers only; named sets know")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set to train on; held-out parts are cut from it when it has no validation split")
     text_column: str = Field("text", description="column that holds the text")
@@ -161,8 +177,14 @@ class Inference(Section):
     "How text is drawn from a trained model."
     temperature: float = Field(0.8, ge=0, description="0 takes the likeliest token")
     top_p: float = Field(0.95, gt=0, le=1, description="draw from the smallest set of tokens with this probability")
+    top_k: int | None = Field(None, ge=1, description="draw from this many likeliest tokens at most; from all if null")
     max_new_tokens: int = Field(120, ge=1, description="tokens to add")
     prompt: str = Field("It was a truth", description="text to go on from")
+    stop: list[str] = Field(default_factory=list, description="texts that end a completion where they appear; they are not shown")
+    stop_tokens: list[int] = Field(default_factory=list, description="token ids that end a completion; they are not shown")
+    stop_at_end: bool = Field(True, description="the end-of-text token ends a completion")
+    echo: bool = Field(False, description="show the prompt before its completion")
+    energies: bool = Field(False, description="EBT: report each token's final energy; costs two evaluations a token where thinking.samples is 1")
 
 class Tracking(Section):
     "Where figures go besides the run folder's metrics.csv."
@@ -267,7 +289,7 @@ def tokenizer_size(tokenizer: str) -> int:
     try: return Tokenizer.from_file(str(Path(tokenizer).expanduser())).get_vocab_size()
     except Exception as error: raise ConfigError(f"data.tokenizer: {tokenizer!r} is neither embedded ({', '.join(TOKENIZER_SIZES)}){nearest(tokenizer, TOKENIZER_SIZES)} nor a tokenizer.json that can be read ({error})") from None
 
-# %% ../nbs/00_config.ipynb #50117179
+# %% ../nbs/00_config.ipynb #8d355e10
 @preset("text/ebt_s1")
 def text_ebt_s1(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
     "The paper's System 1 language model: two detached steps, learned step size, loss averaged over steps; RedPajama-V2, context 256."
@@ -281,6 +303,13 @@ def text_transformer(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfi
     "The feed-forward baseline (Transformer++) of the same size, on the same data and schedule as text/ebt_s1."
     base = text_ebt_s1(size, tokenizer)
     return checked(base.model_dump() | dict(run=base.run.model_dump() | dict(name="text/transformer"), model=model_of("transformer", size, tokenizer)))
+
+@preset("text/ebt_s2")
+def text_ebt_s2(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
+    "The paper's System 2 language model: 2 or 3 noisy steps in one landscape, step sizes drawn per position, the last step learns, a replay buffer."
+    base = text_ebt_s1(size, tokenizer)
+    thinking = dict(steps=1, visits_min=2, visits_max=3, step_size=5 * tokenizer_size(tokenizer) / 50277, learn_step_size=False, random_step_size=2.0, noise=3.0, detach=False, truncate=True, replay=192)
+    return checked(base.model_dump() | dict(run=base.run.model_dump() | dict(name="text/ebt_s2"), thinking=base.thinking.model_dump() | thinking, objective=dict(steps="last")))
 
 @preset("text/quickstart")
 def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:

@@ -43,7 +43,19 @@ install() {
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }
 
-if [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && sound; then exit 0; fi
+ready() { [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && sound; }
+
+if ready; then exit 0; fi
+
+# One at a time: whoever comes second waits, and finds the work done. Locked is this script, because a lock inside .venv would be cleared with it.
+if command -v flock >/dev/null; then
+    exec 9>>job_scripts/setup.sh
+    if ! flock -n 9; then
+        echo "setup: waiting for another setup of this checkout"
+        flock 9 || echo "setup: cannot lock on this file system; going on without" >&2
+        if ready; then exit 0; fi
+    fi
+fi
 
 if [ -e "$unfinished" ] || ! "$python" -m pip --version >/dev/null 2>&1 || ! grep -qF "$PWD/.venv" .venv/bin/activate; then make_venv; fi
 install

@@ -144,6 +144,35 @@ def test_setup_needs_a_python_that_is_new_enough(root, tmp_path):
     assert done.returncode != 0 and "no Python 3.11 or newer" in done.stderr and not (tmp_path / "checkout/.venv").exists()
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$PWD/.venv" >.venv/bin/activate ;;
+    *"pip install"*) echo begun >>log; until [ -e go ]; do sleep 0.05; done; touch .venv/installed; echo ended >>log ;;
+    "-P -") test -e .venv/installed ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="without flock (util-linux) setups are not kept apart")
+def test_of_two_setups_at_once_the_second_waits_and_finds_the_work_done(root, tmp_path):
+    script, bin, folder = fake_checkout(root, tmp_path / "checkout"), tmp_path / "bin", tmp_path / "checkout"
+    bin.mkdir()
+    (bin / "python3.11").write_text(FAKE_PYTHON)                                   # its installation goes on until there is a file `go`
+    (bin / "python3.11").chmod(0o755)
+    def start(): return subprocess.Popen(["bash", script], env={"PATH": f"{bin}:{os.defpath}"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = start()
+    try:
+        assert "making .venv" in first.stdout.readline() and "installing" in first.stdout.readline()
+        second = start()
+        said = second.stdout.readline()
+    finally: (folder / "go").touch()
+    assert "waiting for another setup" in said
+    for setup in (first, second): assert setup.wait(timeout=60) == 0
+    assert "ready" in first.stdout.read() and second.stdout.read() == ""
+    assert (folder / "log").read_text().split() == ["begun", "ended"] and (folder / ".venv/.set-up").is_file()
+    assert call("bash", script, env={"PATH": f"{bin}:{os.defpath}"}) == "" and script.read_bytes() == (root / "job_scripts/setup.sh").read_bytes()
+
+
 def test_setup_does_nothing_when_nothing_changed(root):
     if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file(): pytest.skip("these tests do not run in the .venv that setup.sh made")
     assert call("bash", root / "job_scripts/setup.sh", env={"PATH": os.defpath}) == ""

@@ -18,7 +18,7 @@ from ebt_nb.training.module import read_checkpoint
 RECIPES = {
     "system 1": {},
     "all randomness, accumulated": {"thinking.noise": 0.5, "thinking.random_step_size": 2.0, "thinking.visits_max": 3, "thinking.detach": False, "thinking.truncate": True, "objective.steps": "last",
-                                    "trainer.accumulate": 2, "optim.name": "stable_adamw"},
+                                    "thinking.replay": 12, "trainer.accumulate": 2, "optim.name": "stable_adamw"},
     "baseline, streamed": {"model.kind": "transformer", "data.streaming": True, "optim.name": "lars"},
 }
 
@@ -48,7 +48,7 @@ def final(run: Run) -> dict:
     checkpoint = read_checkpoint(run.checkpoint())
     figures = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.metrics]
     loader = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-    return {k: checkpoint[k] for k in ("state_dict", "optimizer_states", "lr_schedulers", "micro_steps", "global_step", "callbacks")} | dict(figures=figures, loader=loader)
+    return {k: checkpoint[k] for k in ("state_dict", "optimizer_states", "lr_schedulers", "micro_steps", "global_step", "callbacks", "replay") if k in checkpoint} | dict(figures=figures, loader=loader)
 
 
 def assert_same(a, b, where="") -> None:
@@ -81,7 +81,8 @@ def test_failed_and_resumed(recipe, step, folder, straight, monkeypatch):
     run = Run.create(tiny(folder, **RECIPES[recipe]))
     with pytest.raises(ZeroDivisionError): fit(tiny(folder, **RECIPES[recipe], **{"trainer.callbacks": ["fails"]}), run, progress="none")
     assert read_status(run.dir)["status"] == "failed" and "a defect" in read_status(run.dir)["error"] and read_status(run.dir)["step"] == step
-    fit(load_config(run.dir / "config.yaml"), run, resume=True, progress="none")
+    [earlier] = run.dir.glob("config-until-step=*.yaml")                                # the configuration it was made with
+    fit(load_config(earlier), run, resume=True, progress="none")
     assert run.status == "done"
     assert_same(final(run), final(straight(recipe)))
 

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'permutation', 'endless', 'batch_of', 'Rows', 'unchanged', 'fetch', 'TrainLoader', 'check_state',
            'HeldOutLoader', 'Stream', 'StreamPart', 'StreamLoader', 'place', 'TextData']
 
-# %% ../../nbs/35_serving.ipynb #88cf3ec3
+# %% ../../nbs/35_serving.ipynb #ad942560
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +25,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from ..config import RunConfig
+from .reasoning import QuestionSet, find_questions, holds_questions, prepare_questions
 from .text import DataError, Source, TextTokenizer, cut, documents, find_source, is_held_out, load_tokenizer, open_source, prepare
 
 # %% ../../nbs/35_serving.ipynb #9da595d3
@@ -38,18 +39,23 @@ def endless(seed: int, total: int, start: int, count: int) -> Int[np.ndarray, "c
     place = np.arange(start, start + count)
     return np.concatenate([permutation(seed, int(epoch), total)[place[place // total == epoch] % total] for epoch in np.unique(place // total)])
 
-# %% ../../nbs/35_serving.ipynb #612c032a
-def batch_of(rows: Int[np.ndarray, "batch row"], index: Int[np.ndarray, "batch"]) -> dict[str, Int[Tensor, "..."]]:
-    "inputs [batch, seq], targets [batch, seq] with IGNORE where nothing is scored, index [batch]: all int64. An input behind the end of a padded row is token 0."
-    rows = torch.from_numpy(np.array(rows, dtype=np.int64))
-    return dict(inputs=rows[:, :-1].clamp(min=0), targets=rows[:, 1:].contiguous(), index=torch.from_numpy(np.array(index, dtype=np.int64)))
+# %% ../../nbs/35_serving.ipynb #ecd97cfb
+def batch_of(rows: Int[np.ndarray, "batch row"], index: Int[np.ndarray, "batch"], targets: Int[np.ndarray, "batch seq"] | None = None) -> dict[str, Int[Tensor, "..."]]:
+    """inputs [batch, seq], targets [batch, seq] with IGNORE where nothing is scored, index [batch]: all int64.
 
-# %% ../../nbs/35_serving.ipynb #a130c87b
+    Without targets of their own, rows are scored everywhere. An input behind the end of a padded row is token 0."""
+    def tensor(array): return torch.from_numpy(np.array(array, dtype=np.int64))
+    return dict(inputs=tensor(rows[:, :-1]).clamp(min=0), targets=tensor(rows[:, 1:] if targets is None else targets), index=tensor(index))
+
+# %% ../../nbs/35_serving.ipynb #73fed444
 class Rows(torch.utils.data.Dataset):
     "Packed rows that are asked for by the batch."
     def __init__(self, rows: datasets.Dataset): self.rows = rows.with_format("numpy")
     def __len__(self) -> int: return len(self.rows)
-    def __getitem__(self, picked: Int[np.ndarray, "batch"]) -> dict[str, Int[Tensor, "..."]]: return batch_of(self.rows[picked]["tokens"], picked)
+
+    def __getitem__(self, picked: Int[np.ndarray, "batch"]) -> dict[str, Int[Tensor, "..."]]:
+        rows = self.rows[picked]
+        return batch_of(rows["tokens"], picked, rows.get("targets"))
 
 def unchanged(item: Any) -> Any:
     "A collate function for data that are batches already."
@@ -191,18 +197,19 @@ class StreamLoader:
                             "{}, {}, {}; not {}, {}, {}".format(*then, *now))
         self.states, self.handed_out = state["states"][self.rank], state["handed_out"]
 
-# %% ../../nbs/35_serving.ipynb #f732d0f3
-def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+# %% ../../nbs/35_serving.ipynb #ffbd990b
+def place(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
     "Rank and number of processes: as given, or as torch.distributed has them, or one alone."
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (rank if rank is not None else torch.distributed.get_rank() if together else 0,
             world_size if world_size is not None else torch.distributed.get_world_size() if together else 1)
 
 class TextData(LightningDataModule):
-    """Packed text for a run: `tokenizer`, `splits` (Arrow rows 'tokens' [context + 1] by split), `characters_per_token`, and loaders of dict(inputs, targets, index).
+    """Packed text, or questions, for a run: `tokenizer`, `splits` (Arrow rows 'tokens' [context + 1] by split, and 'targets' [context] of questions), `characters_per_token`,
+    and loaders of dict(inputs, targets, index).
 
-    A streamed corpus has no 'train' among its splits. `rank` and `world_size` default to those of torch.distributed.
-    Raises DataError for a corpus, tokenizer or cache that cannot be used."""
+    A streamed corpus has no 'train' among its splits. Of questions only answers are scored and counted. `rank` and `world_size` default to those of torch.distributed.
+    Raises DataError for a corpus, question set, tokenizer or cache that cannot be used."""
     def __init__(self, config: RunConfig, rank: int | None = None, world_size: int | None = None):
         super().__init__()
         self.config, self.given = config, (rank, world_size)
@@ -210,19 +217,24 @@ class TextData(LightningDataModule):
         if self.tokenizer.vocab_size != config.model.vocab_size:
             raise DataError(f"model.vocab_size: {config.model.vocab_size} is not the {self.tokenizer.vocab_size} of tokenizer {self.tokenizer.name!r}; "
                             f"set model.vocab_size={self.tokenizer.vocab_size}, or change data.tokenizer")
-        self.source = find_source(config.data)
+        self.source: Source | QuestionSet = find_questions(config.data.source, config.data) if holds_questions(config.data) else find_source(config.data)
+        if isinstance(self.source, QuestionSet) and config.data.streaming: raise DataError("data.streaming: questions are read whole; set data.streaming=false")
         self.folder: Path | None = None
         self.splits: dict[str, datasets.Dataset] = {}
         self.characters_per_token: dict[str, float] = {}
 
     def prepare_data(self) -> None:
         "Tokenise and pack, once; in streaming mode only what validation and testing need."
+        if isinstance(self.source, QuestionSet):
+            self.folder = prepare_questions(self.source, self.tokenizer, self.config.data)
+            return
         t = self.config.trainer
         enough = t.val_batches * self.config.data.batch_size * t.devices * t.nodes if self.config.data.streaming else None
         self.folder = prepare(self.source, self.tokenizer, self.config.data, enough)
 
     def setup(self, stage: str | None = None) -> None:
-        "Open the packed rows."
+        "Open the packed rows. Raises DataError for 'fit' on a question set that is for evaluation only."
+        if isinstance(self.source, QuestionSet) and stage == "fit" and "train" not in self.source.splits: self.source.load("train", self.config.data)     # says why not
         if self.folder is None: self.prepare_data()
         try:
             parts = json.loads((self.folder / "info.json").read_text())["splits"]
@@ -252,5 +264,5 @@ class TextData(LightningDataModule):
     def held_out_loader(self, split: str) -> HeldOutLoader:
         "Every row of a held-out split, once."
         if split not in self.splits:
-            raise DataError(f"data.source: {self.source.name!r} has no {split} set; 'austen' has one, and hub data sets with a {split} split")
+            raise DataError(f"data.source: {self.source.name!r} has no {split} set; 'austen' has one, and question sets and hub data sets with a {split} split")
         return HeldOutLoader(self.splits[split], self.config.data.batch_size, *place(*self.given), self.config.data.workers)

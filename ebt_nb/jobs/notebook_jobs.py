@@ -70,7 +70,7 @@ def fitted(name: str, text: Any, default: Any) -> Any:
     try: return TypeAdapter(type(default)).validate_python(value)
     except ValidationError: raise NotebookError(f"{name}: takes {type(default).__name__}, such as {default!r}; got {value!r}") from None
 
-# %% ../../nbs/70_notebook_jobs.ipynb #1e2d811a
+# %% ../../nbs/70_notebook_jobs.ipynb #8b40df50
 def split_settings(settings: list[str] | dict[str, Any], declared: dict[str, Any], notebook: str) -> tuple[dict[str, Any], dict[str, Any]]:
     "Settings sorted into the notebook's parameters and configuration keys. Raises NotebookError for a name that is neither, with the nearest that is one."
     parse_overrides(settings)                                        # refuses what has no '='
@@ -93,9 +93,10 @@ def anchored(name: str, value: Any) -> Any:
     return str(Path(value).absolute())
 
 def named_sources() -> list[str]:
-    "Corpora that go by a name, whatever lies in the current folder."
+    "Corpora and question sets that go by a name, whatever lies in the current folder."
+    from ebt_nb.data.reasoning import QUESTION_SETS
     from ebt_nb.data.text import NAMED
-    return list(NAMED)
+    return [*NAMED, *QUESTION_SETS]
 
 # %% ../../nbs/70_notebook_jobs.ipynb #08769b33
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | 
     values = own | {name: value for name, value in [("preset", preset), ("overrides", overrides), ("run_dir", str(folder))] if name in declared}
     return Job(path, values, folder, config)
 
-# %% ../../nbs/70_notebook_jobs.ipynb #afaaee21
+# %% ../../nbs/70_notebook_jobs.ipynb #e916d2dd
 def check_data(config: RunConfig) -> None:
-    "Read and pack the corpus unless it is an embedded one. Raises DataError when it cannot be used, and then leaves nothing behind."
+    "Read and pack what is to be trained on, unless it is the embedded novels. Raises DataError when it cannot be used, and then leaves nothing behind."
     if config.data.source == "austen" and config.data.tokenizer in TOKENIZER_SIZES: return
     from ebt_nb.data.serving import TextData
-    TextData(config).prepare_data()
+    TextData(config).setup("fit")
 
 # %% ../../nbs/70_notebook_jobs.ipynb #93c6a8ab
 class Tee:

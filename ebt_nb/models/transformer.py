@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Transformer', 'initialise']
 
-# %% ../../nbs/11_transformer.ipynb #86020a6e
+# %% ../../nbs/11_transformer.ipynb #3fa846f6
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import Block, RMSNorm, rotary_angles
+from .layers import Block, Context, RMSNorm, append, check_room, follow, rotary_angles, with_room
 
-# %% ../../nbs/11_transformer.ipynb #5299063e
+# %% ../../nbs/11_transformer.ipynb #3bc6fd76
 class Transformer(nn.Module):
     """Decoder-only transformer ("Transformer++": RMSNorm, rotary positions, SwiGLU, no biases).
 
@@ -31,10 +31,35 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq width"]:
         "Normalised hidden states after the last block."
-        x = self.embedding(tokens)
+        return self._observed(tokens)[0]
+
+    def _observed(self, tokens: Int[Tensor, "batch seq"]) -> tuple[Float[Tensor, "batch seq width"], Context]:
+        x, layers = self.embedding(tokens), []
         angles = rotary_angles(torch.arange(tokens.shape[1], device=tokens.device), self.head_width, self.rope_base, x.dtype)
-        for block in self.blocks: x, _ = block.observed(x, angles)
-        return self.final_norm(x)
+        for block in self.blocks:
+            x, kept = block.observed(x, angles)
+            layers.append(kept)
+        return self.final_norm(x), Context({None: layers})
+
+    def observe(self, tokens: Int[Tensor, "batch seq"], lengths: Int[Tensor, "batch"] | None = None, room: int = 0) -> Context:
+        "What is kept of prompts, right-padded to rows of `lengths` tokens, with room for more. Raises ValueError for lengths that are not there."
+        hidden, context = self._observed(tokens)
+        context = with_room(context, lengths, room)
+        context.newest = hidden[torch.arange(len(tokens), device=tokens.device), context.lengths - 1]
+        return context
+
+    @torch.no_grad()
+    def extend(self, context: Context, tokens: Int[Tensor, "batch"]) -> None:
+        "Append one token to each row of a context, in place. Raises ValueError where it has no room."
+        check_room(context)
+        x = self.embedding(tokens[:, None])
+        x, own = follow(self.blocks, x, context, context.sight(rope_base=self.rope_base, dtype=x.dtype))
+        append(context, {None: own})
+        context.newest = self.final_norm(x[:, 0])
+
+    def next_logits(self, context: Context) -> Float[Tensor, "batch vocab"]:
+        "Logits of the token after each row's newest."
+        return self.output_head(context.newest)
 
     def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         "Logits of the token after each position."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tracker', 'CALLBACKS', 'AtomicCheckpoints', 'StopSignals', 'StopRequested', 'Interrupted', 'update_done',
-           'Checkpoints', 'second_name', 'code_version', 'needed', 'WandbTracker', 'TensorBoardTracker',
+           'Checkpoints', 'keep', 'second_name', 'code_version', 'needed', 'WandbTracker', 'TensorBoardTracker',
            'check_tracking', 'build_trackers', 'Recorder', 'Console', 'shown', 'Progress', 'callback', 'early_stopping',
            'named_callbacks', 'quiet']
 
@@ -94,7 +94,7 @@ class StopRequested(Exception):
 class Interrupted(KeyboardInterrupt):
     "Training was stopped from outside; the run can be resumed."
 
-# %% ../../nbs/43_callbacks.ipynb #204a597b
+# %% ../../nbs/43_callbacks.ipynb #d1927202
 def update_done(trainer: pl.Trainer, batch_idx: int) -> bool:
     "Whether this batch completed an optimiser update (accumulated ones do not)."
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -120,16 +120,22 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def save_if_due(self, trainer: pl.Trainer, better: bool = False) -> None:
         step = trainer.global_step
         stopped = self.stop is not None and trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
-        keep = self.keep_every is not None and step % self.keep_every == 0
-        if better or keep or stopped or trainer.should_stop or step % self.last_every == 0:
+        for_good = self.keep_every is not None and step % self.keep_every == 0
+        if better or for_good or stopped or trainer.should_stop or step % self.last_every == 0:
             trainer.save_checkpoint(self.folder / "last.ckpt")
-            names = ["best"] * better + [f"step={step:06d}"] * keep
+            names = ["best"] * better + [f"step={step:06d}"] * for_good
             if trainer.is_global_zero:
-                for name in names: second_name(self.folder / "last.ckpt", self.folder / f"{name}.ckpt")
+                for name in names: keep(self.folder / "last.ckpt", self.folder / f"{name}.ckpt")
         if stopped and step < trainer.max_steps: raise StopRequested
 
     def state_dict(self) -> dict[str, float]: return dict(best=self.best)
     def load_state_dict(self, state: dict[str, float]) -> None: self.best = state["best"]
+
+def keep(last: Path, name: Path) -> None:
+    "Keep the checkpoint `last` as `name` too, without the replay buffer if it holds one. Raises CheckpointError when it cannot be written."
+    checkpoint = read_checkpoint(last, mmap=True)
+    if checkpoint.pop("replay", None) is None: second_name(last, name)
+    else: AtomicCheckpoints().save_checkpoint(checkpoint, name)
 
 def second_name(file: Path, name: Path) -> None:
     "Let `name` stand for the content of `file` too, at once; a copy where the file system has no hard links."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
-           'introduce', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
+           'introduce', 'readable', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #9d4a1986
+# %% ../../nbs/44_fit.ipynb #f954f590
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import nn
 
 from ..config import ConfigError, RunConfig, WorkbenchError, keys
 from ..data.serving import TextData
-from ..runs import MetricsFile, Run, RunError
+from ..runs import MetricsFile, Run, RunError, write_atomically
+from ..thinking.replay import bytes_of
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
                                        code_version, named_callbacks, quiet)
-from .module import CheckpointError, LanguageModule, build_module, check_tokenizer, read_checkpoint, token_space
+from .module import CheckpointError, LanguageModule, build_module, check_tokenizer, read_checkpoint, replay_fields, token_space
 
 # %% ../../nbs/44_fit.ipynb #aa540ef8
 def build_trainer(config: RunConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -55,9 +57,9 @@ def common_run(config: RunConfig, trainer: pl.Trainer) -> Run:
     folder = Run.create(config).dir if trainer.is_global_zero else None
     return Run.open(trainer.strategy.broadcast(folder))
 
-# %% ../../nbs/44_fit.ipynb #df7fd97e
+# %% ../../nbs/44_fit.ipynb #6a32ea6d
 FIXED = [key for key in keys() if key.startswith("model.") and key not in ("model.size", "model.init", "model.first_update_std")] + [
-    "thinking.steps", "thinking.step_size", "thinking.learn_step_size", "optim.name", "optim.peak_lr", "optim.step_size_lr_multiplier", "optim.betas", "optim.weight_decay", "trainer.accumulate"]
+    "thinking.steps", "thinking.step_size", "thinking.learn_step_size", "thinking.replay", "thinking.replay_precision", "optim.name", "optim.peak_lr", "optim.step_size_lr_multiplier", "optim.betas", "optim.weight_decay", "trainer.accumulate"]
 
 def check_resumable(path: Path, checkpoint: dict[str, Any], config: RunConfig, data: TextData) -> None:
     "Raise CheckpointError or DataError when training cannot go on from a checkpoint with this configuration and data."
@@ -86,7 +88,7 @@ def starting_point(config: RunConfig, run: Run | None, resume: bool | str, data:
     check_resumable(path, checkpoint, config, data)
     return path, checkpoint["global_step"]
 
-# %% ../../nbs/44_fit.ipynb #0e07409c
+# %% ../../nbs/44_fit.ipynb #dfe57cc9
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     "Parameters in all, and without token tables and output head."
     tables = {id(m.weight) for name, m in model.named_modules() if name in ("embedding", "candidate_embedding", "output_head")}
@@ -102,7 +104,15 @@ def introduce(config: RunConfig, module: LanguageModule) -> list[str]:
              f"one update: {d.batch_size} sequences x {d.context} tokens x {t.accumulate} accumulated x {processes} processes = {d.batch_size * t.accumulate * processes} sequences, {tokens:,} tokens; {t.max_steps:,} updates"]
     if m.kind == "ebt" and token_space(module.model, config).start_std < config.thinking.start_std and config.thinking.start == "noise":
         lines.append(f"starting noise {token_space(module.model, config).start_std:g} instead of thinking.start_std={config.thinking.start_std:g}: rule {config.thinking.rule!r} keeps it in the prediction (model.init=calibrated)")
+    if m.kind == "ebt" and config.thinking.replay:
+        fields = replay_fields(config)
+        lines.append(f"replay buffer: {config.thinking.replay} samples of {d.context} x {m.vocab_size:,} candidates in {config.thinking.replay_precision}, {readable(bytes_of(config.thinking.replay, fields))} per process; "
+                     f"{math.ceil(config.thinking.replay_share * d.batch_size)} of them in each batch beside {d.batch_size} fresh ones")
     return lines
+
+def readable(size: int) -> str:
+    "A number of bytes in kB, MB or GB."
+    return next(f"{size / unit:.3g} {name}" for unit, name in [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")] if size >= unit or unit == 1)
 
 # %% ../../nbs/44_fit.ipynb #42cad1e7
 @contextlib.contextmanager
@@ -123,7 +133,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #8127388f
+# %% ../../nbs/44_fit.ipynb #641f42ed
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich") -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -152,7 +162,7 @@ def train(run: Run, config: RunConfig, module: LanguageModule, data: TextData, e
     checkpoints = Checkpoints(run.dir / "checkpoints", config.trainer.checkpoint_every, config.trainer.keep_every, stop)
     trainer = build_trainer(config, run.dir, [*extra, recorder, Progress(console, recorder, progress), checkpoints])
     if trainer.is_global_zero:
-        prepare_folder(run, metrics, step)
+        prepare_folder(run, config, metrics, step)
         console.show, stop.notice = None if progress == "none" else print, console.line
         for line in [f"run {run.dir}", *introduce(config, module), f"resumed at step {step}" if checkpoint else "new run"]: console.line(line)
     with stop, ending(run, trainer, console):
@@ -172,12 +182,17 @@ def threads(count: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-def prepare_folder(run: Run, metrics: MetricsFile, step: int) -> None:
-    "Make sure that checkpoints can be written, cut figures back to `step`, and mark the run as running. Raises RunError when the folder cannot be written."
+def prepare_folder(run: Run, config: RunConfig, metrics: MetricsFile, step: int) -> None:
+    """Make sure that checkpoints can be written, cut figures back to `step`, and mark the run as running. Raises RunError when the folder cannot be written.
+
+    A run that goes on with another configuration keeps the earlier one as config-until-step=N.yaml."""
     folder = run.dir / "checkpoints"
     try:
         tempfile.TemporaryFile(dir=folder).close()
         for leftover in folder.glob(".*.tmp~"): leftover.unlink()            # of a run that was killed while it saved
     except OSError as error: raise RunError(f"{folder}: cannot be written ({error.strerror}); make it writable, or start a run elsewhere with run.runs_dir") from None
     if run.metrics: metrics.cut(step)
+    if config != run.config:
+        write_atomically(run.dir / f"config-until-step={step:06d}.yaml", run.config.to_yaml())
+        write_atomically(run.dir / "config.yaml", config.to_yaml())
     run.set_status("running")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Batch', 'network', 'token_space', 'expected_loss', 'calibrate', 'build_model', 'LanguageModule', 'figures',
-           'EnergyLanguageModule', 'TransformerLanguageModule', 'build_module', 'CheckpointError', 'read_checkpoint',
-           'damaged', 'check_tokenizer', 'load_module']
+           'EnergyLanguageModule', 'replay_fields', 'of_all_ranks', 'TransformerLanguageModule', 'build_module',
+           'CheckpointError', 'read_checkpoint', 'damaged', 'check_tokenizer', 'load_module']
 
-# %% ../../nbs/42_module.ipynb #36e4dc40
+# %% ../../nbs/42_module.ipynb #eda87e8d
 import math
 import pickle
 from collections import defaultdict
@@ -16,14 +16,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import IGNORE, Objective, RunConfig, WorkbenchError, checked
+from ..data.serving import place
 from ..models.energy import EnergyTransformer, initialise_as_published
 from ..models.transformer import Transformer
 from ..noise import Keys
 from ..thinking.descent import Descent, DivergenceError
+from ..thinking.replay import Fields, Replay
 from ..thinking.spaces import TokenSpace
 from .objectives import Outcome, energy_objective, feed_forward_objective
 from .optim import build_optimizer, build_schedule, parameter_groups
@@ -165,14 +168,20 @@ def figures(outcome: Outcome, prefix: str) -> dict[str, Float[Tensor, ""]]:
     if outcome.contrastive is not None: named["contrastive"] = outcome.contrastive
     return {f"{prefix}/{name}": value.detach() for name, value in named.items()}
 
-# %% ../../nbs/42_module.ipynb #f80929c8
+# %% ../../nbs/42_module.ipynb #b3b73dc8
 class EnergyLanguageModule(LanguageModule):
     "Trains an energy-based transformer; `descent` holds alpha, `space` borrows the model's candidate table."
     def __init__(self, config: RunConfig, model: EnergyTransformer):
         super().__init__(config, model, Descent(config.thinking))
 
+        self.replay: Replay | None = None
+
     @property
     def space(self) -> TokenSpace: return token_space(self.model, self.config)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.config.thinking.replay and self.replay is None: self.replay = Replay(self.config.thinking.replay, replay_fields(self.config))
 
     def keys(self, batch: Batch, micro_step: int | None = None) -> Keys:
         "Keys of a batch's random numbers: by seed, sample and position, in training by micro-step too."
@@ -181,10 +190,44 @@ class EnergyLanguageModule(LanguageModule):
         return keys if micro_step is None else keys.join(micro_step)
 
     def outcome(self, batch: Batch, micro_step: int | None = None) -> Outcome:
-        training = micro_step is not None
-        visits = self.descent.schedule(Keys.of(self.config.run.seed, torch.tensor([micro_step]), torch.tensor([0]))) if training else None
-        return energy_objective(self.model, self.space, self.descent, batch["inputs"], batch["targets"], self.keys(batch, micro_step),
-                                self.config.objective if training else Objective(), visits, differentiable=training)
+        if micro_step is None: return energy_objective(self.model, self.space, self.descent, batch["inputs"], batch["targets"], self.keys(batch), Objective(), differentiable=False)
+        once = Keys.of(self.config.run.seed, torch.tensor([micro_step]), torch.tensor([0]))       # the same on all ranks
+        keys, start, visits = self.keys(batch, micro_step), None, self.descent.schedule(once)
+        fresh = {name: batch[name] for name in ("inputs", "targets", "index")}
+        if self.replay is not None and self.replay.stored:
+            old = self.replay.draw(math.ceil(self.config.thinking.replay_share * len(fresh["index"])), once)
+            dtype, theirs = self.model.energy_head.weight.dtype, self.keys(old, micro_step).at("replay")
+            start = torch.cat((self.space.start(keys, dtype), old["candidate"].to(dtype)))
+            keys, batch = Keys(torch.cat((keys.first, theirs.first)), torch.cat((keys.second, theirs.second))), {name: torch.cat((fresh[name], old[name])) for name in fresh}
+        outcome = energy_objective(self.model, self.space, self.descent, batch["inputs"], batch["targets"], keys, self.config.objective, visits, start=start)
+        if self.replay is not None: self.replay.push(**fresh, candidate=outcome.trace.prediction[: len(fresh["index"])].detach())
+        return outcome
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.replay is not None: checkpoint["replay"] = of_all_ranks(self.replay.state())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        "Also restores this rank's replay buffer, if the checkpoint holds one. Raises CheckpointError when it was saved by another number of processes."
+        super().on_load_checkpoint(checkpoint)
+        if self.replay is None or "replay" not in checkpoint: return
+        rank, world_size = place()
+        if len(checkpoint["replay"]) != world_size:
+            raise CheckpointError(f"thinking.replay: this checkpoint holds the replay buffers of {len(checkpoint['replay'])} processes, not of {world_size}; resume with as many as it was trained with")
+        self.replay.restore(checkpoint["replay"][rank])
+
+def replay_fields(config: RunConfig) -> Fields:
+    "What a replay buffer of language keeps of each sample: the question, what followed, its row number, and the candidates."
+    seq, precision = config.data.context, getattr(torch, config.thinking.replay_precision)
+    return {"inputs": ((seq,), torch.int64), "targets": ((seq,), torch.int64), "index": ((), torch.int64), "candidate": ((seq, config.model.vocab_size), precision)}
+
+def of_all_ranks(state: Any) -> list[Any] | None:
+    "The states of all processes, by rank, for the one that writes the checkpoint (None in the others)."
+    rank, world_size = place()
+    states = [None] * world_size if rank == 0 else None
+    if world_size > 1: torch.distributed.gather_object(state, states)
+    else: states[0] = state
+    return states
 
 # %% ../../nbs/42_module.ipynb #301dd384
 class TransformerLanguageModule(LanguageModule):
@@ -220,7 +263,7 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict[str, Any]:
 def damaged(path: Path) -> str:
     return f"{path}: not a checkpoint, or only part of one; copy it again, or use another checkpoint of its run"
 
-# %% ../../nbs/42_module.ipynb #ef102f1d
+# %% ../../nbs/42_module.ipynb #f7fd3af4
 def check_tokenizer(path: Path | str, checkpoint: dict[str, Any], tokenizer: Any) -> None:
     "Raise CheckpointError if a checkpoint was trained with another tokenizer than `tokenizer`: its token ids would mean other things."
     trained = checkpoint.get("tokenizer")
@@ -233,7 +276,7 @@ def load_module(path: Path | str, tokenizer: Any = None) -> LanguageModule:
 
     Raises CheckpointError as `read_checkpoint` and `check_tokenizer` do, or when weights and configuration do not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mmap=True)
     if tokenizer is not None: check_tokenizer(path, checkpoint, tokenizer)
     try: config = checked(checkpoint["config"])
     except WorkbenchError as error: raise CheckpointError(f"{path}: its configuration is not valid here: {error}") from None

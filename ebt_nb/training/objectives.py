@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'Outcome', 'energy_objective', 'feed_forward_objective']
 
-# %% ../../nbs/40_objectives.ipynb #353b898d
+# %% ../../nbs/40_objectives.ipynb #f11c78c1
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ..models.transformer import Transformer
 from ..noise import Keys
 from ..thinking.descent import Descent, Trace
 from ..thinking.spaces import TokenSpace
+from ..thinking.verify import think
 
 # %% ../../nbs/40_objectives.ipynb #cc4dbb63
 def cross_entropy(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
@@ -26,7 +27,7 @@ def cross_entropy(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor,
     if not (targets != IGNORE).any(): return logits.sum() * 0
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, label_smoothing=label_smoothing)
 
-# %% ../../nbs/40_objectives.ipynb #faf714b8
+# %% ../../nbs/40_objectives.ipynb #45c55544
 @dataclass
 class Outcome:
     "A loss to differentiate, the cross-entropy of each thinking step (nats per token), the contrastive term, and the trace."
@@ -36,14 +37,18 @@ class Outcome:
     contrastive: Float[Tensor, ""] | None = None
 
 def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Descent, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"],
-                     keys: Keys, objective: Objective, visits: list[int] | None = None, differentiable: bool = True) -> Outcome:
+                     keys: Keys, objective: Objective, visits: list[int] | None = None, differentiable: bool = True,
+                     start: Float[Tensor, "batch seq vocab"] | None = None) -> Outcome:
     """Think about what follows each of `inputs` and score it against `targets`.
 
-    `keys` [batch, seq] feed the start, noise and random step sizes; `visits` are the landscapes to descend (by default the policy's schedule outside training).
+    `keys` [batch, seq] feed the start (unless given), noise and random step sizes; `visits` are the landscapes to descend (by default the policy's schedule).
+    What is not `differentiable` is thought as outside training: with as many samples as the policy says, of which one is chosen (`23_verify`).
     """
     context = model.observe(inputs)
     def energy(embedded, landscape): return model.energy(embedded, context, landscape)
-    trace = descent(energy, space, space.start(keys, model.energy_head.weight.dtype), keys, visits, differentiable)
+    dtype = model.energy_head.weight.dtype
+    if differentiable: trace = descent(energy, space, space.start(keys, dtype) if start is None else start, keys, visits)
+    else: trace = think(energy, space, descent, keys, start, dtype, visits, judged=False).trace
     last = len(trace.energies)
     step_losses = []
     for k, candidate in enumerate(trace.candidates[1:], 1):
