@@ -6,8 +6,8 @@
 __all__ = ['SIZES', 'IGNORE', 'Conditioning', 'TOKENIZER_SIZES', 'PRESETS', 'WorkbenchError', 'ConfigError', 'Size', 'Section',
            'Run', 'Model', 'Thinking', 'Objective', 'Data', 'Optim', 'Trainer', 'Inference', 'Tracking', 'RunConfig',
            'nearest', 'keys', 'explain', 'checked', 'load_config', 'preset', 'model_of', 'tokenizer_size',
-           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'parse_value', 'parse_overrides',
-           'build_config', 'describe']
+           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'text_finetune', 'parse_value',
+           'parse_overrides', 'build_config', 'describe']
 
 # %% ../nbs/00_config.ipynb #97038e9b
 import difflib, io, json, math, re
@@ -54,7 +54,7 @@ class Run(Section):
     runs_dir: Path = Field(Path("runs"), description="where run folders are made")
     seed: int = Field(33, ge=0, lt=2**31, description="seed of weights, data order and every random number of thinking")
 
-# %% ../nbs/00_config.ipynb #6592ccd1
+# %% ../nbs/00_config.ipynb #10a7ee7f
 Conditioning = Literal["default", "time_embed", "adaln", "adaln_zero", "step_embed"]
 
 class Model(Section):
@@ -69,6 +69,7 @@ class Model(Section):
     conditioning: Conditioning = Field("step_embed", description="how the network knows the thinking step ('landscape'); EBT only")
     tied: bool = Field(False, description="embed candidates with the token table (EBT) or share it with the output head (transformer)")
     init: Literal["calibrated", "reference"] = Field("calibrated", description="'calibrated' starts with a loss near log V; 'reference' is the published code's start, in the hundreds to thousands")
+    weights: str | None = Field(None, description="address of a checkpoint whose weights (and alpha) training starts from, such as RUN:best; random ones if null")
     first_update_std: float = Field(0.5, gt=0, lt=1, description="calibrated only: standard deviation of the first move of a candidate, in logits")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
@@ -320,6 +321,14 @@ def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfi
         data=dict(source="austen", tokenizer=tokenizer, context=128, batch_size=16),
         optim=dict(peak_lr=2 * SIZES[size].learning_rate, step_size_lr_multiplier=1.0, warmup_steps=50),
         trainer=dict(max_steps=700, val_every=100, val_batches=20, checkpoint_every=350, log_every=10, accelerator="cpu")))
+
+# %% ../nbs/00_config.ipynb #5cd2a856
+@preset("text/finetune")
+def text_finetune(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
+    "Goes on from a checkpoint, -p model.weights=RUN:best, of the same size, on questions of which only the answers are learned."
+    base = text_quickstart(size, tokenizer).model_dump()
+    return checked(base | dict(run=base["run"] | dict(name="text/finetune"), model=base["model"] | dict(weights="RUN:best"), data=base["data"] | dict(source="arithmetic"),
+                               optim=base["optim"] | dict(peak_lr=SIZES[size].learning_rate / 2), trainer=base["trainer"] | dict(max_steps=300, checkpoint_every=100)))
 
 # %% ../nbs/00_config.ipynb #abddaa50
 def parse_value(text: str) -> Any:

@@ -26,11 +26,11 @@ from ..noise import Keys
 from ..thinking.verify import think
 from ..training.module import EnergyLanguageModule, LanguageModule, load_module
 
-# %% ../../nbs/50_generate.ipynb #4003143f
+# %% ../../nbs/50_generate.ipynb #17245e97
 @contextmanager
-def at_rest(module: nn.Module) -> Iterator[None]:
-    "Inside, the module is in evaluation mode and autograd does not look at its weights; afterwards all is as before."
-    training, learning = module.training, [p for p in module.parameters() if p.requires_grad]
+def at_rest(module: nn.Module, weights: Sequence[nn.Parameter] | None = None) -> Iterator[None]:
+    "Inside, the module is in evaluation mode and autograd does not look at its `weights` (all, if not listed); afterwards all is as before."
+    training, learning = module.training, [p for p in (module.parameters() if weights is None else weights) if p.requires_grad]
     if training: module.eval()
     for parameter in learning: parameter.requires_grad_(False)
     try: yield
@@ -38,7 +38,7 @@ def at_rest(module: nn.Module) -> Iterator[None]:
         for parameter in learning: parameter.requires_grad_(True)
         if training: module.train()
 
-# %% ../../nbs/50_generate.ipynb #f4e9d769
+# %% ../../nbs/50_generate.ipynb #924ef22b
 class Prediction(NamedTuple):
     "What a model says of each row's next token; of the energy model also the final energy (NaN unless asked for) and the steps taken."
     logits: Float[Tensor, "batch vocab"]
@@ -49,19 +49,17 @@ class Prediction(NamedTuple):
 def predict(module: LanguageModule, context: Context, keys: Keys, judged: bool = False) -> Prediction:
     "The next token of each row of a growing context; `keys` [batch, 1] feed starts and noise, those of each row's newest position."
     model = module.model
-    with at_rest(module):
-        if not isinstance(module, EnergyLanguageModule): return Prediction(model.next_logits(context))
-        verdict = think(lambda embedded, landscape: model.energy(embedded, context, landscape), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
-        return Prediction(verdict.prediction[:, 0], chosen(verdict.final, verdict.chosen)[:, 0], verdict.trace.moves[:, 0])
+    if not isinstance(module, EnergyLanguageModule): return Prediction(model.next_logits(context))
+    verdict = think(lambda embedded, landscape: model.energy(embedded, context, landscape), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
+    return Prediction(verdict.prediction[:, 0], chosen(verdict.final, verdict.chosen)[:, 0], verdict.trace.moves[:, 0])
 
 @torch.no_grad()
 def predict_plainly(module: LanguageModule, tokens: Int[Tensor, "batch seq"], lengths: Int[Tensor, "batch"], keys: Keys, judged: bool = False) -> Prediction:
     "The same from right-padded texts, by thinking about every position anew in every step; `keys` [batch, seq]."
     model, last = module.model, (torch.arange(len(tokens), device=tokens.device), lengths - 1)
-    with at_rest(module):
-        if not isinstance(module, EnergyLanguageModule): return Prediction(model(tokens)[last])
-        verdict = think(lambda embedded, landscape: model.energy(embedded, model.observe(tokens), landscape), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
-        return Prediction(verdict.prediction[last], chosen(verdict.final, verdict.chosen)[last], verdict.trace.moves[last])
+    if not isinstance(module, EnergyLanguageModule): return Prediction(model(tokens)[last])
+    verdict = think(lambda embedded, landscape: model.energy(embedded, model.observe(tokens), landscape), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
+    return Prediction(verdict.prediction[last], chosen(verdict.final, verdict.chosen)[last], verdict.trace.moves[last])
 
 def chosen(energies: Float[Tensor, "samples *batch"], choice: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     "The energies of the samples that were chosen."
@@ -123,7 +121,7 @@ def certain(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held], False
 
-# %% ../../nbs/50_generate.ipynb #0682d44f
+# %% ../../nbs/50_generate.ipynb #1a5e46c6
 class Generator:
     """Draws text from a module under the `inference` section (that of its configuration by default).
 
@@ -133,6 +131,7 @@ class Generator:
         self.module, self.tokenizer, self.inference, self.cached = module, tokenizer, inference or module.config.inference, cached
         self.seed = module.config.run.seed if seed is None else seed
         self.context, self.vocabulary = module.config.data.context, module.config.model.vocab_size
+        self.weights = list(module.parameters())
         self.ends = {tokenizer.end_of_text} if tokenizer is not None and self.inference.stop_at_end else set()
 
     def begin(self, prompts: Sequence[str | Sequence[int]], numbers: Sequence[int] | None = None) -> list[Completion]:
@@ -177,11 +176,12 @@ class Generator:
             lengths = torch.tensor([len(text) - start for text, start in zip(texts, starts)], device=device)
             at = torch.tensor(going, device=device)[:, None], torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
             here = Keys(places.first[at], places.second[at])
-            if not self.cached: prediction = self.plainly(texts, starts, lengths, places, going)
-            else:
-                if context is None or starts != begins: context, begins = self.observe(texts, starts, lengths), starts
-                else: self.module.model.extend(context, torch.tensor([text[-1] for text in texts], device=device))
-                prediction = predict(self.module, context, here, self.inference.energies)
+            with at_rest(self.module, self.weights):
+                if not self.cached: prediction = self.plainly(texts, starts, lengths, places, going)
+                else:
+                    if context is None or starts != begins: context, begins = self.observe(texts, starts, lengths), starts
+                    else: self.module.model.extend(context, torch.tensor([text[-1] for text in texts], device=device))
+                    prediction = predict(self.module, context, here, self.inference.energies)
             drawn = draw_token(prediction.logits, self.inference, here)
             log_probabilities = prediction.logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
             columns = [c.tolist() if c is not None else [None] * len(going) for c in (drawn, log_probabilities, prediction.energies if self.judged else None, prediction.steps)]
@@ -196,10 +196,11 @@ class Generator:
         policy = self.module.config.thinking
         return isinstance(self.module, EnergyLanguageModule) and (self.inference.energies or policy.samples > 1)
 
+    @torch.no_grad()
     def observe(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"]) -> Context:
         "The context of what is seen of texts, with room for what may come."
         seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
-        with torch.no_grad(), at_rest(self.module): return self.module.model.observe(seen, lengths, min(self.context - seen.shape[1], self.inference.max_new_tokens))
+        return self.module.model.observe(seen, lengths, min(self.context - seen.shape[1], self.inference.max_new_tokens))
 
     def plainly(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"], places: Keys, rows: list[int]) -> Prediction:
         "The prediction without a cache."

@@ -127,7 +127,7 @@ class Block(nn.Module):
         x = x + gate1 * attended
         return x + gate2 * self.ffn(modulate(self.ffn_norm(x), shift2, scale2)), own
 
-# %% ../../nbs/10_layers.ipynb #fdbc4dfc
+# %% ../../nbs/10_layers.ipynb #3aaebb6a
 @dataclass
 class Context:
     """Keys and values of every layer, by landscape; `None` is the key where all landscapes share them.
@@ -154,8 +154,10 @@ class Context:
 
     def of(self, landscape: int | None) -> list[KeyValue]:
         "The layers that a candidate of this landscape looks at, without room."
-        layers, end = self.layers[None if None in self.layers else landscape], self.front + self.length
-        return [KeyValue(keys[:, :, :end], values[:, :, :end]) for keys, values in layers] if self.room else layers
+        key, end = None if None in self.layers else landscape, self.front + self.length
+        if not self.room: return self.layers[key]
+        if key not in self.sights: self.sights[key] = [KeyValue(keys[:, :, :end], values[:, :, :end]) for keys, values in self.layers[key]]
+        return self.sights[key]
 
     def positions(self, candidates: int = 1) -> Int[Tensor, "*rows cand"]:
         "Where candidates for what follows the last `candidates` tokens stand: [cand], or [batch, 1, cand] where rows differ (1 for the heads)."

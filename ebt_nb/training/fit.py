@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
            'introduce', 'readable', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #f954f590
+# %% ../../nbs/44_fit.ipynb #5084a61e
 import contextlib
 import math
 import tempfile
@@ -23,11 +23,11 @@ from torch import nn
 
 from ..config import ConfigError, RunConfig, WorkbenchError, keys
 from ..data.serving import TextData
-from ..runs import MetricsFile, Run, RunError, write_atomically
+from ..runs import MetricsFile, Run, RunError, find_checkpoint, write_atomically
 from ..thinking.replay import bytes_of
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
                                        code_version, named_callbacks, quiet)
-from .module import CheckpointError, LanguageModule, build_module, check_tokenizer, read_checkpoint, replay_fields, token_space
+from .module import CheckpointError, LanguageModule, build_module, check_tokenizer, read_checkpoint, replay_fields, start_from, token_space
 
 # %% ../../nbs/44_fit.ipynb #aa540ef8
 def build_trainer(config: RunConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -57,8 +57,8 @@ def common_run(config: RunConfig, trainer: pl.Trainer) -> Run:
     folder = Run.create(config).dir if trainer.is_global_zero else None
     return Run.open(trainer.strategy.broadcast(folder))
 
-# %% ../../nbs/44_fit.ipynb #6a32ea6d
-FIXED = [key for key in keys() if key.startswith("model.") and key not in ("model.size", "model.init", "model.first_update_std")] + [
+# %% ../../nbs/44_fit.ipynb #01c765f2
+FIXED = [key for key in keys() if key.startswith("model.") and key not in ("model.size", "model.weights", "model.init", "model.first_update_std")] + [
     "thinking.steps", "thinking.step_size", "thinking.learn_step_size", "thinking.replay", "thinking.replay_precision", "optim.name", "optim.peak_lr", "optim.step_size_lr_multiplier", "optim.betas", "optim.weight_decay", "trainer.accumulate"]
 
 def check_resumable(path: Path, checkpoint: dict[str, Any], config: RunConfig, data: TextData) -> None:
@@ -133,7 +133,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #641f42ed
+# %% ../../nbs/44_fit.ipynb #4007df9e
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich") -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -145,12 +145,12 @@ def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, p
     check_tracking(config)
     extra = named_callbacks(config)
     data = TextData(config)
-    data.prepare_data()
     data.setup("fit")
     checkpoint, step = starting_point(config, run, resume, data)
     with quiet(), threads(config.trainer.threads):
         trainer = build_trainer(config, Path(), [])          # what this machine cannot do is refused before a folder is made
         module = build_module(config)
+        if config.model.weights and checkpoint is None: start_from(module, find_checkpoint(config.model.weights, config.run.runs_dir), data.tokenizer)
         run = run or common_run(config, trainer)
         train(run, config, module, data, extra, checkpoint, step, progress)
     return run

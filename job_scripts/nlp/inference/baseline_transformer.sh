@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Text from a trained baseline (Transformer++), from a fresh checkout too: sets up .venv, then goes on from a prompt.
+# First the checkpoint, if not the best of the only run called `transformer` below ./runs; all else is handed on to `ebt generate`, such as:
+#   bash job_scripts/nlp/inference/baseline_transformer.sh text/transformer:best --prompt "It was" --tokens 60 --temperature 0.7
+set -euo pipefail
+here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+checkpoint=transformer:best
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi
+bash "$here/job_scripts/setup.sh"
+exec "$here/.venv/bin/ebt" generate "$checkpoint" "$@"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Text from a trained energy-based transformer, from a fresh checkout too: sets up .venv, then goes on from a prompt.
+# First the checkpoint, if not the best of the only run called `ebt` below ./runs; all else is handed on to `ebt generate`, such as:
+#   bash job_scripts/nlp/inference/ebt.sh text/ebt_s1:best --prompt "It was" --tokens 60 -p thinking.infer_steps=5 -p thinking.samples=4
+set -euo pipefail
+here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+checkpoint=ebt:best
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi
+bash "$here/job_scripts/setup.sh"
+exec "$here/.venv/bin/ebt" generate "$checkpoint" "$@"
