@@ -6,12 +6,12 @@
 __all__ = ['presets', 'key_lines', 'runs', 'state', 'shown', 'run', 'train', 'generate', 'completion', 'bench', 'bench_lines',
            'lab', 'parser', 'count', 'main']
 
-# %% ../nbs/80_cli.ipynb #7cf7bf11
+# %% ../nbs/80_cli.ipynb #9dd3b322
 import argparse, json, os, sys, time
 from collections.abc import Sequence
 from typing import Literal, get_args, get_origin
 
-from .config import PRESETS, SIZES, ConfigError, Conditioning, WorkbenchError, build_config, describe, keys, load_config, parse_overrides, parse_value
+from .config import Conditioning, ConfigError, PRESETS, SIZES, WorkbenchError, build_config, changed, describe, keys, load_config, parse_overrides, parse_value
 from .runs import Run, find_checkpoint, find_run, find_runs, read_status
 
 # %% ../nbs/80_cli.ipynb #5b983c50
@@ -58,17 +58,18 @@ def shown(run: Run) -> list[str]:
             f"model: {model.kind} {model.size} ({model.layers} layers, width {model.width})", f"data: {data.source}, tokenizer {data.tokenizer}, context {data.context}",
             f"steps: {newest.get('step', 0)} of {trainer.max_steps}", f"checkpoints: {checkpoints}", "newest figures:", *(f"  {name}: {value:.6g}" for name, value in newest.items() if name != "step")]
 
-# %% ../nbs/80_cli.ipynb #6b8b7009
+# %% ../nbs/80_cli.ipynb #f4a7a1b8
 def run(args: argparse.Namespace) -> None:
     "Execute an experiment notebook as a job."
     from ebt_nb.jobs.notebook_jobs import run_notebook
     run_notebook(args.notebook, args.preset, args.settings, args.runs_dir)
 
 def train(args: argparse.Namespace) -> None:
-    "Train one model from a configuration file, or go on with a run."
-    if not args.config and not args.resume: raise ConfigError("ebt train: give a configuration file, or --resume RUN; `ebt presets NAME > config.yaml` writes one")
+    "Train one model from a configuration file or a preset, or go on with a run."
+    if not args.config and not args.resume and not args.preset: raise ConfigError("ebt train: give a configuration file, --preset NAME, or --resume RUN; `ebt presets` lists the presets")
+    if args.preset and (args.config or args.resume): raise ConfigError(f"ebt train: --preset {args.preset} and {args.config or f'--resume {args.resume}'} are two configurations; give one")
     earlier = find_run(args.resume) if args.resume else None
-    config = load_config(args.config) if args.config else earlier.config
+    config = build_config(args.preset, args.settings) if args.preset else changed(load_config(args.config) if args.config else earlier.config, args.settings)
     from ebt_nb.training.fit import fit
     fit(config, run=earlier, resume=earlier is not None, progress="rich" if sys.stdout.isatty() else "plain")
 
@@ -125,7 +126,7 @@ def lab(args: argparse.Namespace) -> None:
     folder = checkout if os.path.isdir(checkout) else installed
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])
 
-# %% ../nbs/80_cli.ipynb #636c0d97
+# %% ../nbs/80_cli.ipynb #7271a749
 def parser() -> argparse.ArgumentParser:
     "The grammar of the command line."
     top = argparse.ArgumentParser(prog="ebt", description="Train energy-based transformers and watch them think.")
@@ -142,7 +143,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a parameter of the notebook or a configuration key; may be repeated")
     p.add_argument("--runs-dir", metavar="DIR", help="where experiment folders are made (run.runs_dir)")
     p = command("train", train, "train one model in this process")
-    p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; with --resume it may be left out")
+    p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; with --preset or --resume it is left out")
+    p.add_argument("--preset", help="train a preset; `ebt presets` lists them")
+    p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key; may be repeated")
     p.add_argument("--resume", metavar="RUN", help="go on from the last checkpoint of this run (folder or address), in its folder")
     p = command("generate", generate, "go on from prompts with a trained model")
     p.add_argument("checkpoint", help="checkpoint file, or RUN, RUN:last, RUN:best, RUN:step=N")

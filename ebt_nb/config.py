@@ -7,9 +7,9 @@ __all__ = ['SIZES', 'IGNORE', 'Conditioning', 'TOKENIZER_SIZES', 'PRESETS', 'Wor
            'Run', 'Model', 'Thinking', 'Objective', 'Data', 'Optim', 'Trainer', 'Inference', 'Tracking', 'RunConfig',
            'nearest', 'keys', 'explain', 'checked', 'load_config', 'preset', 'model_of', 'tokenizer_size',
            'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'text_finetune', 'parse_value',
-           'parse_overrides', 'build_config', 'describe']
+           'parse_overrides', 'build_config', 'changed', 'describe']
 
-# %% ../nbs/00_config.ipynb #97038e9b
+# %% ../nbs/00_config.ipynb #f459557c
 import difflib, io, json, math, re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../nbs/00_config.ipynb #f4c91fe6
 class WorkbenchError(Exception):
@@ -124,7 +124,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #7a82bb07
+# %% ../nbs/00_config.ipynb #f988a8d8
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -193,6 +193,10 @@ class Tracking(Section):
     project: str = Field("ebt-workbench", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard event files too")
     watch_gradients: bool = Field(False, description="log gradient histograms to Weights & Biases")
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value): return "off" if value is False else value          # what YAML makes of an `off` without quotes
 
 # %% ../nbs/00_config.ipynb #e51ffa2c
 class RunConfig(Section):
@@ -330,10 +334,11 @@ def text_finetune(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
     return checked(base | dict(run=base["run"] | dict(name="text/finetune"), model=base["model"] | dict(weights="RUN:best"), data=base["data"] | dict(source="arithmetic"),
                                optim=base["optim"] | dict(peak_lr=SIZES[size].learning_rate / 2), trainer=base["trainer"] | dict(max_steps=300, checkpoint_every=100)))
 
-# %% ../nbs/00_config.ipynb #abddaa50
+# %% ../nbs/00_config.ipynb #43f233a6
 def parse_value(text: str) -> Any:
-    "A value as YAML reads it; numbers such as 1e-3, which YAML takes for text, become numbers."
+    "A value as YAML reads it; numbers such as 1e-3, which YAML takes for text, become numbers, and on, off, yes and no stay words."
     if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text): return float(text)
+    if text.lower() in ("on", "off", "yes", "no", "y", "n"): return text
     try: return yaml.safe_load(text)
     except yaml.YAMLError: return text
 
@@ -349,14 +354,17 @@ def build_config(name: str, overrides: list[str] | dict[str, Any] = ()) -> RunCo
     if name not in PRESETS: raise ConfigError(f"{name!r}: no such preset{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     overrides = parse_overrides(overrides)
     first = {k: overrides[f] for k, f in [("size", "model.size"), ("tokenizer", "data.tokenizer")] if f in overrides and overrides[f] != "custom"}
-    tree = PRESETS[name](**{k: str(v) for k, v in first.items()}).model_dump()
-    shape = {"model.layers", "model.width", "model.heads"} & overrides.keys()
-    if shape: tree["model"]["size"] = "custom"
-    for key, value in overrides.items():
-        section, *rest = key.split(".")
-        if len(rest) != 1 or section not in tree: raise ConfigError(f"{key}: no such key{nearest(key, keys())}; `ebt presets --keys` lists them all")
-        if key == "model.size" and shape: continue
-        tree[section][rest[0]] = value
+    base = PRESETS[name](**{k: str(v) for k, v in first.items()})
+    if {"model.layers", "model.width", "model.heads"} & overrides.keys(): overrides["model.size"] = "custom"
+    return changed(base, overrides)
+
+def changed(config: RunConfig, settings: list[str] | dict[str, Any]) -> RunConfig:
+    "A configuration with dotted keys set. Raises ConfigError for an unknown key, type or combination."
+    tree, known = config.model_dump(), keys()
+    for key, value in parse_overrides(settings).items():
+        if key not in known: raise ConfigError(f"{key}: no such key{nearest(key, known)}; `ebt presets --keys` lists them all")
+        section, name = key.split(".")
+        tree[section][name] = value
     return checked(tree)
 
 # %% ../nbs/00_config.ipynb #359c902a

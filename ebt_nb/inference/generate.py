@@ -7,7 +7,7 @@ __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 
            'Token', 'Completion', 'certain', 'Generator', 'check_tokens', 'padded', 'with_settings', 'load_generator',
            'generate']
 
-# %% ../../nbs/50_generate.ipynb #5ff9de41
+# %% ../../nbs/50_generate.ipynb #f73dbd6c
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..config import ConfigError, Inference, RunConfig, WorkbenchError, checked, keys, nearest, parse_overrides
+from ..config import ConfigError, Inference, RunConfig, WorkbenchError, changed, keys, nearest, parse_overrides
 from ..data.text import TextTokenizer, load_tokenizer
 from ..models.layers import Context
 from ..noise import Keys
@@ -240,20 +240,17 @@ def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch se
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
-# %% ../../nbs/50_generate.ipynb #6d03e7cb
+# %% ../../nbs/50_generate.ipynb #74b015f1
 CHANGEABLE = ("run.seed", "trainer.threads", *(f"thinking.{name}" for name in (
     "samples", "choose", "early_stop", "accept_only_lower", "anneal", "clamp", "curvature", "curvature_iterations", "start", "start_std", "infer_steps", "infer_step_size", "infer_step_size_factor",
     "infer_step_size_last_only", "infer_noise", "infer_noise_first_only")), *(f"inference.{name}" for name in Inference.model_fields))
 
 def with_settings(config: RunConfig, settings: list[str] | dict[str, Any] = ()) -> RunConfig:
     "A trained model's configuration with settings for its use. Raises ConfigError for what is no key, no possible value, or fixed by training."
-    tree = config.model_dump()
-    for key, value in parse_overrides(settings).items():
-        if key not in keys(): raise ConfigError(f"{key}: no such key{nearest(key, CHANGEABLE)}; `ebt presets --keys` lists them all")
+    settings = parse_overrides(settings)
+    for key in settings.keys() & keys().keys():
         if key not in CHANGEABLE: raise ConfigError(f"{key}: is fixed by training{nearest(key, CHANGEABLE)}; what can be set for a trained model is inference.*, run.seed, trainer.threads and, of thinking, {', '.join(k.removeprefix('thinking.') for k in CHANGEABLE if k.startswith('thinking.'))}")
-        section, name = key.split(".")
-        tree[section][name] = value
-    return checked(tree)
+    return changed(config, settings)
 
 def load_generator(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> Generator:
     "The generator of a checkpoint file. Raises CheckpointError for a file that cannot be used, ConfigError as `with_settings` does."

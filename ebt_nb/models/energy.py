@@ -104,12 +104,12 @@ class EnergyTransformer(nn.Module):
     def _step(self, landscape: int | None) -> Float[Tensor, "width"] | None:
         return None if landscape is None or self.step_embedding is None else self.step_embedding.weight[landscape]
 
-# %% ../../nbs/12_energy.ipynb #1ec7e6eb
+# %% ../../nbs/12_energy.ipynb #6defee24
 @torch.no_grad()
 def initialise_energy(model: EnergyTransformer) -> None:
-    """Start in the usual range and looking at what is near: see `12_energy`.
+    """Start in the usual range: see `12_energy`.
 
-    For `adaln` gates start at one and modulation at nearly nothing; for `adaln_zero` gates start at zero, each block is the identity, and the head has a random direction.
+    For `adaln` gates start at one and modulation at nearly nothing; for `adaln_zero` gates start at zero: each block is the identity.
     """
     initialise(model)
     width = model.energy_head.in_features
@@ -119,11 +119,7 @@ def initialise_energy(model: EnergyTransformer) -> None:
         if model.conditioning != "step_embed": model.candidate_embedding.weight.add_(common)
     if isinstance(model.embedding, nn.Embedding): model.embedding.weight.add_(common)
     if model.conditioning == "step_embed": model.step_embedding.weight.mul_(0.1).add_(common)
-    for block in model.blocks:
-        queries, keys, _ = block.attention.qkv.weight.chunk(3)
-        keys.copy_(queries)
-    if model.conditioning == "adaln_zero": nn.init.normal_(model.energy_head.weight, std=width**-0.5)
-    else: model.energy_head.weight.copy_(common / common.norm())
+    nn.init.normal_(model.energy_head.weight, std=width**-0.5)
     adaptive = [(block.adaptive, 6) for block in model.blocks if block.adaptive is not None]
     if model.final_adaptive is not None: adaptive.append((model.final_adaptive, 2))
     for layer, pieces in adaptive:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The paper's System 1 energy model, trained as in the preset text/ebt_s1. Sets up .venv first, from a fresh checkout too.
+# Whatever is given is handed on to `ebt train`, such as: bash job_scripts/nlp/pretrain/ebt_s1.sh -p model.size=xs -p trainer.max_steps=100000
+set -euo pipefail
+here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+bash "$here/job_scripts/setup.sh"
+exec "$here/.venv/bin/ebt" train --preset text/ebt_s1 "$@"

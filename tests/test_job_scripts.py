@@ -1,0 +1,25 @@
+"The job scripts, run with plain bash on a model that is small enough: they hand on what they are given, and leave a run."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebt_nb.runs import find_runs
+
+SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "data.source": "austen", "data.streaming": False, "data.tokenizer": "austen_2k", "data.context": 16, "data.batch_size": 4, "data.max_documents": 1,
+         "trainer.max_steps": 1, "trainer.val_batches": 1, "trainer.threads": 1, "trainer.accelerator": "cpu", "tracking.wandb": "off"}
+
+
+@pytest.mark.parametrize("script, preset, extra", [("ebt_s1", "text/ebt_s1", {}), ("ebt_s2", "text/ebt_s2", {"thinking.replay": 4}), ("baseline_transformer", "text/transformer", {}), ("ebt_s1_mn", "text/ebt_s1", {"GPUS": 2})])
+def test_pretraining(script, preset, extra, root, tmp_path):
+    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file(): pytest.skip("these tests do not run in the .venv that setup.sh made")
+    settings = SMALL | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"} | {k: v for k, v in extra.items() if "." in k}
+    words = [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "MASTER": "localhost:0"} | {k: str(v) for k, v in extra.items() if "." not in k}
+    done = subprocess.run(["bash", root / f"job_scripts/nlp/pretrain/{script}.sh", *words], env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [run] = find_runs(tmp_path / "runs")
+    assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
+    if "GPUS" in extra: assert "x 2 processes" in done.stdout
