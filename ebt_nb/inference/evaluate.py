@@ -6,11 +6,11 @@
 __all__ = ['Pair', 'Reading', 'read_batch', 'said_of', 'auroc', 'calibration', 'EvaluationError', 'Evaluation', 'figures_of',
            'watched', 'data_of', 'known_split', 'chosen_rows', 'evaluate_text', 'parts', 'read_pairs', 'totals',
            'matches', 'token_f1', 'write_answers', 'plans', 'written', 'choose_answers', 'evaluate_questions',
-           'evaluate']
+           'evaluate', 'HarnessModel', 'register_harness']
 
-# %% ../../nbs/53_evaluate.ipynb #697d724e
+# %% ../../nbs/53_evaluate.ipynb #1e0e0d21
+import importlib
 import math
-import string
 import sys
 import time
 from collections import Counter
@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ..config import IGNORE, Data, Inference, WorkbenchError
+from ..config import IGNORE, Data, WorkbenchError
 from ..data.reasoning import Question, continuation, encode, final_answer, find_questions, holds_questions, load_questions, plan_works, row_of
 from ..data.serving import Rows, TextData, batch_of, permutation
 from ..data.text import NAMED, TextTokenizer, count_characters, find_source, say
-from .generate import Generator, at_rest
+from .generate import Generator, at_rest, load_generator
 from ..thinking.verify import energies_after, think
 from ..training.module import EnergyLanguageModule, LanguageModule
 
@@ -62,7 +62,7 @@ class Reading:
         columns["row"] = [rows + begin for rows, begin in zip(columns["row"], first)]
         return cls(**{name: None if found[0] is None else torch.cat(found, -1) for name, found in columns.items()})
 
-# %% ../../nbs/53_evaluate.ipynb #76c43343
+# %% ../../nbs/53_evaluate.ipynb #b3447789
 @torch.no_grad()
 def read_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) -> Reading:
     "Read the scored tokens of one batch (inputs, targets, index), every row of which has some."
@@ -70,26 +70,29 @@ def read_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) -> 
     batch = {name: values.to(device) for name, values in batch.items()}
     scored = batch["targets"] != IGNORE
     wanted = batch["targets"][scored]
-    if not isinstance(module, EnergyLanguageModule): return said_of(wanted, [model(batch["inputs"])[scored]], scored)
+    if not isinstance(module, EnergyLanguageModule): return said_of(wanted, [model(batch["inputs"])], scored)
     context, space = model.observe(batch["inputs"]), module.space
     def energy(embedded, landscape): return model.energy(embedded, context, landscape)
     verdict = think(energy, space, module.descent, module.keys(batch), dtype=model.energy_head.weight.dtype)
-    trace, steps = verdict.trace, len(module.descent.schedule())
-    def padded(values): return values + values[-1:] * (steps - len(values))
-    after = [e[scored] for e in energies_after(energy, space, trace)]
-    before = [e[scored] for e in trace.energies] + after[-1:] * (steps - len(after))
+    trace = verdict.trace
+    left_out = len(module.descent.schedule()) - len(trace.energies)
+    def stayed(values): return torch.cat((values, values[-1:].expand(left_out, -1)))
+    after = stayed(torch.stack([e[scored] for e in energies_after(energy, space, trace)]))
+    before = torch.cat((torch.stack([e[scored] for e in trace.energies]), after[-1:].expand(left_out, -1)))
     fall = verdict.fall.gather(0, verdict.chosen[None])[0]
     truth = energy(space.certain(batch["targets"].clamp(min=0)), trace.landscapes[-1]) - (verdict.final - verdict.fall).mean(0)
-    common = said_of(wanted, padded([c[scored] for c in trace.candidates[1:]]), scored)
-    energies = dict(before=torch.stack(before), after=torch.stack(padded(after)), fall=fall[scored], truth=truth[scored], moves=trace.moves[scored], distance=verdict.distance[scored])
+    common = said_of(wanted, trace.candidates[1:], scored)
+    energies = dict(nats=stayed(common.nats), before=before, after=after, fall=fall[scored], truth=truth[scored], moves=trace.moves[scored], distance=verdict.distance[scored])
     return Reading(**(vars(common) | {name: values.cpu() for name, values in energies.items()}))
 
-def said_of(wanted: Int[Tensor, "N"], logits: list[Float[Tensor, "N vocab"]], scored: Bool[Tensor, "batch seq"]) -> Reading:
+def said_of(wanted: Int[Tensor, "N"], logits: Sequence[Float[Tensor, "batch seq vocab"]], scored: Bool[Tensor, "batch seq"]) -> Reading:
     "What logits after each step say of the tokens that came."
-    nats = torch.stack([-step.log_softmax(-1).gather(-1, wanted[:, None])[:, 0] for step in logits])
-    last = logits[-1].log_softmax(-1)
+    nats = []
+    for step in logits:
+        last = step[scored].log_softmax(-1)
+        nats.append(-last.gather(-1, wanted[:, None])[:, 0])
     confidence, best = last.exp().max(-1)
-    figures = scored.nonzero()[:, 0], nats, best == wanted, confidence, -(last.exp() * last).sum(-1)
+    figures = scored.nonzero()[:, 0], torch.stack(nats), best == wanted, confidence, -(last.exp() * last).sum(-1)
     return Reading(*(values.cpu() for values in figures))
 
 # %% ../../nbs/53_evaluate.ipynb #66d716fc
@@ -107,7 +110,7 @@ def calibration(said: Reading) -> dict[str, float]:
     found = {name: auroc(doubt, ~said.right) for name, doubt in doubts.items() if doubt is not None}
     return {name: value for name, value in found.items() if value is not None}
 
-# %% ../../nbs/53_evaluate.ipynb #dc9d9a90
+# %% ../../nbs/53_evaluate.ipynb #95a9b4c7
 class EvaluationError(WorkbenchError):
     "Data or settings that cannot be evaluated."
 
@@ -150,7 +153,7 @@ class Evaluation:
 
 def figures_of(module: LanguageModule, said: Reading, characters: int) -> dict[str, Any]:
     "Those figures of an `Evaluation` that come from a reading."
-    mean = lambda values: values.double().mean(-1).tolist()
+    def mean(values): return values.double().mean(-1).tolist()
     step_losses, thinks = mean(said.nats), said.fall is not None
     found = dict(model=module.config.model.kind, thinking=None, rows=int(said.row.max()) + 1, tokens=len(said.row), loss=step_losses[-1], perplexity=math.exp(step_losses[-1]), accuracy=mean(said.right),
                  bits_per_character=step_losses[-1] * len(said.row) / math.log(2) / characters if characters else None, auroc=calibration(said), step_losses=step_losses)
@@ -173,7 +176,7 @@ def watched(items: Sequence, label: str, shown: bool = True, every: float = 30.0
             last = time.monotonic()
         yield item
 
-# %% ../../nbs/53_evaluate.ipynb #95550581
+# %% ../../nbs/53_evaluate.ipynb #22962e55
 def data_of(module: LanguageModule, source: str, task: str | None = None) -> Data:
     "The data section a model was trained with, for another source. `task` says what a path or hub name holds: 'text' or 'questions'."
     data = module.config.data
@@ -185,10 +188,10 @@ def known_split(split: str, splits: Sequence[str], source: str) -> None:
     "Raise EvaluationError unless there is such a split."
     if split not in splits: raise EvaluationError(f"split: {source!r} has no split {split!r}; it has {', '.join(splits)}")
 
-def chosen_rows(total: int, limit: int | None) -> Int[np.ndarray, "rows"]:
+def chosen_rows(total: int, limit: int | None) -> list[int]:
     "Which rows to evaluate: all, or so many in an order that is always the same. Raises EvaluationError for a limit below 1."
     if limit is not None and limit < 1: raise EvaluationError(f"limit: {limit} rows or questions are none; give at least 1, or no limit")
-    return permutation(0, 0, total)[:limit]
+    return permutation(0, 0, total)[:limit].tolist()
 
 def evaluate_text(module: LanguageModule, tokenizer: TextTokenizer, data: Data, split: str, limit: int | None, shown: bool) -> dict[str, Any]:
     "The figures of an `Evaluation` for a split of a corpus."
@@ -198,7 +201,7 @@ def evaluate_text(module: LanguageModule, tokenizer: TextTokenizer, data: Data, 
     known_split(split, list(text.splits), data.source)
     rows = text.splits[split]
     picked = chosen_rows(len(rows), limit)
-    said = Reading.join([read_batch(module, Rows(rows)[few]) for few in watched(parts(picked, data, module), f"reading {data.source}", shown)])
+    said = Reading.join([read_batch(module, Rows(rows)[np.array(few)]) for few in watched(parts(picked, data, module), f"reading {data.source}", shown)])
     return figures_of(module, said, count_characters(rows.select(picked), tokenizer)[0])
 
 def parts(items: Sequence, data: Data, module: LanguageModule) -> list[Sequence]:
@@ -273,12 +276,12 @@ def choose_answers(module: LanguageModule, tokenizer: TextTokenizer, questions: 
     found = {name: np.mean([q.choices[int(few.argmax())] == q.answer for (q, _), few in zip(asked, values.split(sizes))]) for name, values in scores.items()}
     return {name: float(value) for name, value in (found | dict(chance=np.mean([q.choices.count(q.answer) / len(q.choices) for q, _ in asked]))).items()}
 
-# %% ../../nbs/53_evaluate.ipynb #0ee7a321
+# %% ../../nbs/53_evaluate.ipynb #760042a1
 def evaluate_questions(module: LanguageModule, tokenizer: TextTokenizer, data: Data, split: str, limit: int | None, shown: bool) -> dict[str, Any]:
     "The figures of an `Evaluation` for a split of a question set."
     known_split(split, find_questions(data.source, data).splits, data.source)
     every = load_questions(data.source, split, data)
-    numbers = chosen_rows(len(every), limit).tolist()
+    numbers = chosen_rows(len(every), limit)
     questions = [every[number] for number in numbers]
     pairs = encode(questions, tokenizer)
     said = read_pairs(module, pairs, numbers, shown=shown)
@@ -294,3 +297,62 @@ def evaluate(module: LanguageModule, tokenizer: TextTokenizer, source: str, spli
     data, begin = data_of(module, source, task), time.perf_counter()
     with at_rest(module): found = (evaluate_questions if holds_questions(data) else evaluate_text)(module, tokenizer, data, split, limit, shown)
     return Evaluation(data=source, split=split, **found, seconds=time.perf_counter() - begin)
+
+# %% ../../nbs/53_evaluate.ipynb #8d1a395c
+class HarnessModel:
+    "A trained model as the LM evaluation harness asks for it. A request's `args` are (context, continuation), (text,) or (context, options)."
+    def __init__(self, generator: Generator): self.generator, self.module, self.texts = generator, generator.module, generator.tokenizer
+
+    def past(self, text: str) -> list[int]:
+        "The ids of a text that something follows."
+        return self.texts.encode(text) or [self.texts.end_of_text]
+
+    def read(self, pairs: Sequence[Pair]) -> tuple[list[float], list[bool]]:
+        "Of each pair, the log-probability of what follows, and whether all its tokens were the likeliest."
+        with at_rest(self.module): said = read_pairs(self.module, pairs, range(len(pairs)), "reading requests")
+        missed = torch.zeros(len(pairs), dtype=torch.long).index_add(0, said.row, (~said.right).long())
+        return totals(said)[0].tolist(), (missed == 0).tolist()
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        "The log-probability of each continuation after its context (nats), and whether it is the greedy one."
+        pairs = []
+        for context, text in (request.args for request in requests):
+            kept = context.rstrip(" ")
+            pairs.append((self.past(kept), self.texts.encode(context[len(kept) :] + text)))
+        return list(zip(*self.read(pairs)))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        "The log-probability of each text by itself (nats)."
+        pairs, owners = [], []
+        for i, (text,) in enumerate(request.args for request in requests):
+            tokens, size = self.texts.encode(text), self.module.config.data.context
+            for begin in range(0, len(tokens), size):
+                pairs.append(([self.texts.end_of_text, *tokens[:begin]], tokens[begin : begin + size]))
+                owners.append(i)
+        return np.bincount(owners, self.read(pairs)[0] if pairs else None, len(requests)).astype(float).tolist()
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        "What comes after each context, up to one of the texts in the options' `until`, of at most `max_gen_toks` tokens; greedy unless `do_sample`."
+        said, context = [], self.module.config.data.context
+        for i, (text, options) in enumerate(watched([request.args for request in requests], "answering requests")):
+            stops = options.get("until") or []
+            settings = dict(stop=[stops] if isinstance(stops, str) else list(stops), max_new_tokens=options.get("max_gen_toks", self.generator.inference.max_new_tokens), echo=False, energies=False,
+                            temperature=float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0)
+            prompt = self.past(text)[-max(context // 2, context + 1 - settings["max_new_tokens"]) :]
+            [row] = Generator(self.module, self.texts, self.generator.inference.model_copy(update=settings), self.generator.seed).complete([prompt], [i])
+            said.append(row.text)
+        return said
+
+# %% ../../nbs/53_evaluate.ipynb #df5847de
+def register_harness() -> type[HarnessModel]:
+    """Make the harness know the model 'ebt': `simple_evaluate(model="ebt", model_args="checkpoint=FILE,thinking.infer_steps=4", ...)`; words with a dot are settings as in `ebt generate -p`.
+
+    Raises EvaluationError where the library is missing."""
+    try: base, registry = importlib.import_module("lm_eval.api.model").LM, importlib.import_module("lm_eval.api.registry")
+    except ImportError as error: raise EvaluationError(f"the LM evaluation harness cannot be imported ({error}); install it with `pip install 'ebt_workbench[lm-eval]'`") from None
+    class Registered(HarnessModel, base):
+        "The model in the harness; what it says of batch size and device is not used."
+        def __init__(self, checkpoint: str, **words: Any):
+            base.__init__(self)
+            HarnessModel.__init__(self, load_generator(checkpoint, {key: value for key, value in words.items() if "." in key}))
+    return registry.register_model("ebt")(Registered)

@@ -53,7 +53,7 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
-# %% ../../nbs/10_layers.ipynb #94030853
+# %% ../../nbs/10_layers.ipynb #ae442587
 class KeyValue(NamedTuple):
     "What one layer keeps of tokens: rotated keys, and values."
     keys: Float[Tensor, "batch heads seq head"]
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def project(self, x: Float[Tensor, "batch seq width"], angles: Float[Tensor, "2 seq head"]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Float[Tensor, "batch seq width"], angles: Float[Tensor, "2 *rows seq head"]) -> tuple[Tensor, Tensor, Tensor]:
         "Rotated queries and keys, and values, each [batch, heads, seq, head]."
         qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
         return *rotate(qk, angles), v[0]
