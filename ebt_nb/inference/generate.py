@@ -7,7 +7,7 @@ __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 
            'Token', 'Completion', 'certain', 'Generator', 'check_tokens', 'padded', 'with_settings', 'load_generator',
            'generate']
 
-# %% ../../nbs/50_generate.ipynb #f73dbd6c
+# %% ../../nbs/50_generate.ipynb #6bfb64e7
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from ..data.text import TextTokenizer, load_tokenizer
 from ..models.layers import Context
 from ..noise import Keys
 from ..thinking.verify import think
-from ..training.module import EnergyLanguageModule, LanguageModule, load_module
+from ..training.module import EnergyLanguageModule, LanguageModule, check_tokenizer, load_module
 
 # %% ../../nbs/50_generate.ipynb #17245e97
 @contextmanager
@@ -240,7 +240,7 @@ def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch se
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
-# %% ../../nbs/50_generate.ipynb #74b015f1
+# %% ../../nbs/50_generate.ipynb #fde17c60
 CHANGEABLE = ("run.seed", "trainer.threads", *(f"thinking.{name}" for name in (
     "samples", "choose", "early_stop", "accept_only_lower", "anneal", "clamp", "curvature", "curvature_iterations", "start", "start_std", "infer_steps", "infer_step_size", "infer_step_size_factor",
     "infer_step_size_last_only", "infer_noise", "infer_noise_first_only")), *(f"inference.{name}" for name in Inference.model_fields))
@@ -256,7 +256,8 @@ def load_generator(checkpoint: Path | str, settings: list[str] | dict[str, Any] 
     "The generator of a checkpoint file. Raises CheckpointError for a file that cannot be used, ConfigError as `with_settings` does."
     module = load_module(checkpoint)
     config = with_settings(module.config, settings)
-    module = load_module(checkpoint, tokenizer := load_tokenizer(config.data.tokenizer))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_tokenizer(checkpoint, dict(tokenizer=module.tokenizer), tokenizer)
     module.config = config
     if module.descent is not None: module.descent.policy = config.thinking
     if config.trainer.threads: torch.set_num_threads(config.trainer.threads)
