@@ -6,8 +6,8 @@
 __all__ = ['SIZES', 'IGNORE', 'Conditioning', 'TOKENIZER_SIZES', 'PRESETS', 'WorkbenchError', 'ConfigError', 'Size', 'Section',
            'Run', 'Model', 'Thinking', 'Objective', 'Data', 'Optim', 'Trainer', 'Inference', 'Tracking', 'RunConfig',
            'nearest', 'keys', 'explain', 'checked', 'load_config', 'preset', 'model_of', 'tokenizer_size',
-           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'text_finetune', 'parse_value',
-           'parse_overrides', 'build_config', 'changed', 'describe']
+           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'text_thinking', 'text_finetune',
+           'parse_value', 'parse_overrides', 'build_config', 'changed', 'describe']
 
 # %% ../nbs/00_config.ipynb #f459557c
 import difflib, io, json, math, re
@@ -325,6 +325,14 @@ def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfi
         data=dict(source="austen", tokenizer=tokenizer, context=128, batch_size=16),
         optim=dict(peak_lr=2 * SIZES[size].learning_rate, step_size_lr_multiplier=1.0, warmup_steps=50),
         trainer=dict(max_steps=700, val_every=100, val_batches=20, checkpoint_every=350, log_every=10, accelerator="cpu")))
+
+# %% ../nbs/00_config.ipynb #9b54c6b3
+@preset("text/thinking")
+def text_thinking(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
+    "Minutes on a laptop: a small System 2 model, all of whose 2 or 3 noisy steps are differentiated, on the embedded novels or (data.source=dyck_generated) on brackets to close."
+    base = text_quickstart(size, tokenizer).model_dump()
+    thinking = dict(steps=1, visits_min=2, visits_max=3, learn_step_size=False, random_step_size=2.0, noise=3.0, detach=False, replay=64)
+    return checked(base | dict(run=base["run"] | dict(name="text/thinking"), thinking=base["thinking"] | thinking, objective=dict(steps="last"), trainer=base["trainer"] | dict(max_steps=300, val_every=150, checkpoint_every=150)))
 
 # %% ../nbs/00_config.ipynb #5cd2a856
 @preset("text/finetune")

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebt_nb.config import IGNORE, WorkbenchError, build_config
+from ebt_nb.config import IGNORE, Data, WorkbenchError, build_config
 from ebt_nb.data import reasoning, text
 from ebt_nb.data.reasoning import QUESTION_SETS, load_questions
 from ebt_nb.data.serving import TextData
@@ -186,6 +187,14 @@ def test_reasoning_gym(tmp_path, monkeypatch):
     data = opened(configured(tmp_path, source="reasoning_gym:products", max_documents=200, context=32))
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 200, "validation": 500, "test": 500}
     with pytest.raises(DataError, match="no task 'product'.*did you mean 'products'"): TextData(configured(tmp_path, source="reasoning_gym:product")).prepare_data()
+
+
+def test_tasks_of_reasoning_gym(tmp_path):
+    "The real library: questions are drawn once, disjoint between splits, and their answers can be checked."
+    pytest.importorskip("reasoning_gym", reason="the extra reasoning is not installed")
+    found = {split: load_questions("reasoning_gym:chain_sum", split, Data(source="reasoning_gym:chain_sum", max_documents=50)) for split in ("train", "validation")}
+    assert len(found["train"]) == 50 and not {q.prompt for q in found["train"]} & {q.prompt for q in found["validation"]}
+    for q in found["train"]: assert eval(re.search(r"[-+\d ]*\d(?= =)", q.prompt)[0]) == int(q.answer), q
 
 
 def test_reasoning_gym_is_an_extra(tmp_path, monkeypatch, root):

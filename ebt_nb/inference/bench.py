@@ -18,57 +18,62 @@ from ..config import Inference, build_config, checked
 from .generate import Generator
 from ..training.module import LanguageModule, build_module
 
-# %% ../../nbs/55_bench.ipynb #ff09ea00
+# %% ../../nbs/55_bench.ipynb #a2ed0c8f
 @dataclass
 class Comparison:
-    "Times of generating `batch` texts side by side: `cached` seconds per step for texts of 1, 2, ... tokens (medians), `plain` seconds at some of these lengths (`measured`), and how many of the tokens were the same."
+    """Times of generating `batch` texts side by side: `cached` seconds per step for texts of 1, 2, ... tokens (medians), and at some of these lengths (`measured`) those of a step
+    without cache, as `published` and `lean`; how many of the tokens these two drew were the cached ones, and on how many threads.
+    """
     batch: int
     cached: list[float]
     measured: list[int]
-    plain: list[float]
+    published: list[float]
+    lean: list[float]
     same: int
     threads: int
 
     def summary(self) -> dict[str, Any]:
-        "Tokens per second of whole texts and at full context, their ratios, and whether tokens were the same."
-        steps = len(self.cached)
-        plain = np.interp(np.arange(1, steps + 1), self.measured, self.plain)
-        newest = [k for k, n in enumerate(self.measured) if n > 0.95 * steps]
-        full = {"cached": statistics.median(self.cached[-max(1, steps // 20):]), "uncached": statistics.median(self.plain[k] for k in newest)}
-        return dict(batch=self.batch, threads=self.threads, tokens=steps * self.batch, cached_tokens_per_second=self.batch * steps / sum(self.cached), uncached_tokens_per_second=self.batch * steps / float(plain.sum()),
-                    ratio=float(plain.sum()) / sum(self.cached), ratio_at_full_context=full["uncached"] / full["cached"], uncached_positions_measured=len(self.measured), uncached_positions=steps,
-                    same_tokens=self.same == self.batch * len(self.measured), tokens_compared=self.batch * len(self.measured))
+        "Tokens per second of whole texts, how many times faster the cache is (for whole texts and at full context; than the published way and the lean one), and whether tokens were the same."
+        steps, seconds = len(self.cached), sum(self.cached)
+        newest, at_the_end = [k for k, n in enumerate(self.measured) if n > 0.95 * steps], statistics.median(self.cached[-max(1, steps // 20):])
+        whole = {way: float(np.interp(np.arange(1, steps + 1), self.measured, times).sum()) for way, times in dict(uncached=self.published, lean=self.lean).items()}
+        full = {way: statistics.median(times[k] for k in newest) for way, times in dict(uncached=self.published, lean=self.lean).items()}
+        compared = 2 * self.batch * len(self.measured)
+        return dict(batch=self.batch, threads=self.threads, tokens=steps * self.batch, cached_tokens_per_second=self.batch * steps / seconds, uncached_tokens_per_second=self.batch * steps / whole["uncached"],
+                    lean_tokens_per_second=self.batch * steps / whole["lean"], ratio=whole["uncached"] / seconds, ratio_at_full_context=full["uncached"] / at_the_end, ratio_lean=whole["lean"] / seconds,
+                    ratio_lean_at_full_context=full["lean"] / at_the_end, uncached_positions_measured=len(self.measured), uncached_positions=steps, same_tokens=self.same == compared, tokens_compared=compared)
 
-# %% ../../nbs/55_bench.ipynb #50d3f84d
+# %% ../../nbs/55_bench.ipynb #e14256aa
 def compare(module: LanguageModule, batch: int, seconds: float = 120, passes: int = 3) -> Comparison:
-    "Generate `batch` texts that fill the context, `passes` times, and compare with plain predictions of which `seconds` are spent."
+    "Generate `batch` texts that fill the context, `passes` times, and compare with predictions without cache, on which `seconds` are spent."
     length, numbers = module.config.data.context, range(batch)
     settings = Inference(temperature=1.0, top_p=1.0, max_new_tokens=length - 1, stop_at_end=False)
     prompts = [[(1 + row) % module.config.model.vocab_size] for row in numbers]
-    cached, plain = Generator(module, None, settings), Generator(module, None, settings.model_copy(update=dict(max_new_tokens=1)), cached=False)
+    cached, one = Generator(module, None, settings), settings.model_copy(update=dict(max_new_tokens=1))
+    uncached = {way: Generator(module, None, one, cached=False, through_both=way == "published") for way in ("published", "lean")}
 
-    def timed(call) -> float:
+    def timed(call) -> tuple[float, Any]:
         begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+        found = call()
+        return time.perf_counter() - begin, found
 
-    def predict_plainly(length: int) -> float: return timed(lambda: plain.complete([[1] * length] * batch, numbers))
-    predict_plainly(2)
-    affordable = int(seconds / predict_plainly(length // 2))
+    def predict_once(length: int) -> float: return sum(timed(lambda: way.complete([[1] * length] * batch, numbers))[0] for way in uncached.values())
+    predict_once(2)
+    affordable = int(seconds / predict_once(length // 2))
     measured = sorted({round(n) for n in np.linspace(1, length - 1, min(length - 1, max(5, affordable)))})
-    times, plain_times, same = [], {}, 0
+    times, uncached_times, same = [], {way: {} for way in uncached}, 0
     for k in range(passes):
         rows, steps = cached.begin(prompts, numbers), []
         stream = cached.go_on(rows)
         for n in range(1, length):
-            steps.append(timed(lambda: [next(stream) for _ in rows]))
+            steps.append(timed(lambda: [next(stream) for _ in rows])[0])
             if n not in measured[k::passes]: continue
             texts = [row.prompt + row.tokens[: n - 1] for row in rows]
-            again = []
-            plain_times[n] = timed(lambda: again.extend(plain.complete(texts, numbers)))
-            same += sum(ours.tokens[n - 1] == theirs.tokens[0] for ours, theirs in zip(rows, again))
+            for way, generator in uncached.items():
+                uncached_times[way][n], again = timed(lambda: generator.complete(texts, numbers))
+                same += sum(ours.tokens[n - 1] == theirs.tokens[0] for ours, theirs in zip(rows, again))
         times.append(steps)
-    return Comparison(batch, [statistics.median(s) for s in zip(*times)], measured, [plain_times[n] for n in measured], same, torch.get_num_threads())
+    return Comparison(batch, [statistics.median(s) for s in zip(*times)], measured, *([found[n] for n in measured] for found in uncached_times.values()), same, torch.get_num_threads())
 
 def model_to_measure(size: str = "xxs", vocab: int = 8192, context: int = 256, steps: int = 2, conditioning: str = "step_embed") -> LanguageModule:
     "An untrained energy model of a shape. Raises ConfigError for what cannot be."

@@ -62,7 +62,7 @@ class Reading:
         columns["row"] = [rows + begin for rows, begin in zip(columns["row"], first)]
         return cls(**{name: None if found[0] is None else torch.cat(found, -1) for name, found in columns.items()})
 
-# %% ../../nbs/53_evaluate.ipynb #b3447789
+# %% ../../nbs/53_evaluate.ipynb #cc08f8eb
 @torch.no_grad()
 def read_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) -> Reading:
     "Read the scored tokens of one batch (inputs, targets, index), every row of which has some."
@@ -71,8 +71,7 @@ def read_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) -> 
     scored = batch["targets"] != IGNORE
     wanted = batch["targets"][scored]
     if not isinstance(module, EnergyLanguageModule): return said_of(wanted, [model(batch["inputs"])], scored)
-    context, space = model.observe(batch["inputs"]), module.space
-    def energy(embedded, landscape): return model.energy(embedded, context, landscape)
+    energy, space = model.given(model.observe(batch["inputs"])), module.space
     verdict = think(energy, space, module.descent, module.keys(batch), dtype=model.energy_head.weight.dtype)
     trace = verdict.trace
     left_out = len(module.descent.schedule()) - len(trace.energies)

@@ -38,7 +38,7 @@ def at_rest(module: nn.Module, weights: Sequence[nn.Parameter] | None = None) ->
         for parameter in learning: parameter.requires_grad_(True)
         if training: module.train()
 
-# %% ../../nbs/50_generate.ipynb #924ef22b
+# %% ../../nbs/50_generate.ipynb #15b1499d
 class Prediction(NamedTuple):
     "What a model says of each row's next token; of the energy model also the final energy (NaN unless asked for) and the steps taken."
     logits: Float[Tensor, "batch vocab"]
@@ -50,15 +50,20 @@ def predict(module: LanguageModule, context: Context, keys: Keys, judged: bool =
     "The next token of each row of a growing context; `keys` [batch, 1] feed starts and noise, those of each row's newest position."
     model = module.model
     if not isinstance(module, EnergyLanguageModule): return Prediction(model.next_logits(context))
-    verdict = think(lambda embedded, landscape: model.energy(embedded, context, landscape), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
+    verdict = think(model.given(context), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
     return Prediction(verdict.prediction[:, 0], chosen(verdict.final, verdict.chosen)[:, 0], verdict.trace.moves[:, 0])
 
 @torch.no_grad()
-def predict_plainly(module: LanguageModule, tokens: Int[Tensor, "batch seq"], lengths: Int[Tensor, "batch"], keys: Keys, judged: bool = False) -> Prediction:
-    "The same from right-padded texts, by thinking about every position anew in every step; `keys` [batch, seq]."
+def predict_plainly(module: LanguageModule, tokens: Int[Tensor, "batch seq"], lengths: Int[Tensor, "batch"], keys: Keys, judged: bool = False, through_both: bool = False) -> Prediction:
+    "The same from right-padded texts, by thinking about every position anew in every step; `keys` [batch, seq]. The gradient is taken through the observed stream too, in vain, if `through_both`."
     model, last = module.model, (torch.arange(len(tokens), device=tokens.device), lengths - 1)
     if not isinstance(module, EnergyLanguageModule): return Prediction(model(tokens)[last])
-    verdict = think(lambda embedded, landscape: model.energy(embedded, model.observe(tokens), landscape), module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
+
+    def energy(embedded, landscape):
+        observed = model.embedding(tokens)
+        if through_both: observed = observed + 0 * embedded.reshape(-1, *observed.shape).sum(0)
+        return model.energy(embedded, model.observe_embedded(observed), landscape)
+    verdict = think(energy, module.space, module.descent, keys, dtype=model.energy_head.weight.dtype, judged=judged)
     return Prediction(verdict.prediction[last], chosen(verdict.final, verdict.chosen)[last], verdict.trace.moves[last])
 
 def chosen(energies: Float[Tensor, "samples *batch"], choice: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -121,14 +126,14 @@ def certain(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held], False
 
-# %% ../../nbs/50_generate.ipynb #1a5e46c6
+# %% ../../nbs/50_generate.ipynb #50df87b0
 class Generator:
     """Draws text from a module under the `inference` section (that of its configuration by default).
 
-    `seed` (by default the run's) and a prompt's number name the random numbers. `cached=False` computes every position anew for every token: for comparison only.
+    `seed` (by default the run's) and a prompt's number name the random numbers. `cached=False` computes every position anew for every token, `through_both` with gradients through both streams (`predict_plainly`): for comparison only.
     """
-    def __init__(self, module: LanguageModule, tokenizer: TextTokenizer | None = None, inference: Inference | None = None, seed: int | None = None, cached: bool = True):
-        self.module, self.tokenizer, self.inference, self.cached = module, tokenizer, inference or module.config.inference, cached
+    def __init__(self, module: LanguageModule, tokenizer: TextTokenizer | None = None, inference: Inference | None = None, seed: int | None = None, cached: bool = True, through_both: bool = False):
+        self.module, self.tokenizer, self.inference, self.cached, self.through_both = module, tokenizer, inference or module.config.inference, cached, through_both
         self.seed = module.config.run.seed if seed is None else seed
         self.context, self.vocabulary = module.config.data.context, module.config.model.vocab_size
         self.weights = list(module.parameters())
@@ -207,7 +212,7 @@ class Generator:
         seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
         positions = (torch.tensor(starts, device=lengths.device)[:, None] + torch.arange(seen.shape[1], device=lengths.device)).clamp(max=places.first.shape[1] - 1)
         at = torch.tensor(rows, device=lengths.device)[:, None], positions
-        return predict_plainly(self.module, seen, lengths, Keys(places.first[at], places.second[at]), self.inference.energies)
+        return predict_plainly(self.module, seen, lengths, Keys(places.first[at], places.second[at]), self.inference.energies, self.through_both)
 
     def add(self, i: int, row: Completion, token: int, log_probability: float, energy: float | None, steps: int | None) -> Token:
         "Note a token that was drawn for row i, and say what is new."

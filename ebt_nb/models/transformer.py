@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .layers import Block, Context, RMSNorm, append, check_room, follow, rotary_angles, with_room
 
-# %% ../../nbs/11_transformer.ipynb #3bc6fd76
+# %% ../../nbs/11_transformer.ipynb #4d0e9d10
 class Transformer(nn.Module):
     """Decoder-only transformer ("Transformer++": RMSNorm, rotary positions, SwiGLU, no biases).
 
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         "Append one token to each row of a context, in place. Raises ValueError where it has no room."
         check_room(context)
         x = self.embedding(tokens[:, None])
-        x, own = follow(self.blocks, x, context, context.sight(rope_base=self.rope_base, dtype=x.dtype))
+        x, _, own = follow(self.blocks, x, context, context.sight(rope_base=self.rope_base, dtype=x.dtype))
         append(context, {None: own})
         context.newest = self.final_norm(x[:, 0])
 

@@ -46,11 +46,12 @@ class Trace:
         "The same figures without their graph."
         return replace(self, candidates=[c.detach() for c in self.candidates], energies=[e.detach() for e in self.energies])
 
-# %% ../../nbs/21_descent.ipynb #14a1e3d7
+# %% ../../nbs/21_descent.ipynb #4b86f3e8
 Energy = Callable[[Tensor, int], Tensor]
 
 def energy_and_force(energy: Energy, embedded: Float[Tensor, "*batch width"], landscape: int, differentiable: bool) -> tuple[Float[Tensor, "*scored"], Float[Tensor, "*batch width"]]:
-    "Energies of embedded candidates and the gradient of their sum; both stay in the graph if `differentiable`."
+    "Energies of embedded candidates and the gradient of their sum; both stay in the graph if `differentiable`, else the energy's own `with_force(embedded, landscape)` is used where it has one."
+    if not differentiable and hasattr(energy, "with_force"): return energy.with_force(embedded, landscape)
     with torch.enable_grad():
         if not differentiable: embedded = embedded.detach()
         if not embedded.requires_grad: embedded = embedded.requires_grad_()

@@ -53,7 +53,7 @@ def token_space(model: EnergyTransformer, config: RunConfig) -> TokenSpace:
     std = t.start_std if t.rule == "probabilities" or m.init == "reference" else min(t.start_std, m.first_update_std)
     return TokenSpace(model.candidate_table, t.rule, t.start, std)
 
-# %% ../../nbs/42_module.ipynb #4164f39b
+# %% ../../nbs/42_module.ipynb #6ff90dcb
 def expected_loss(candidate: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     "Cross-entropy of candidates, read as logits, against a token drawn uniformly (nats)."
     return candidate.logsumexp(-1) - candidate.mean(-1)
@@ -71,7 +71,7 @@ def calibrate(model: EnergyTransformer, config: RunConfig, samples: int = 4, pos
     descent = Descent(config.thinking.model_copy(update=dict(clamp=None, accept_only_lower=False))).eval()
     start = space.start(keys)
     def moves(energy): return descent(energy, space, start, keys, differentiable=False).candidates[1:]
-    def moved(): return moves(lambda embedded, landscape: model.energy(embedded, context, landscape))
+    def moved(): return moves(model.given(context))
     still = moves(lambda embedded, landscape: 0 * embedded.sum(-1))
     measured = (moved()[0] - still[0]).std().item()
     model.energy_head.weight.mul_(m.first_update_std / measured)

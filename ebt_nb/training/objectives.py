@@ -27,7 +27,7 @@ def cross_entropy(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor,
     if not (targets != IGNORE).any(): return logits.sum() * 0
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, label_smoothing=label_smoothing)
 
-# %% ../../nbs/40_objectives.ipynb #45c55544
+# %% ../../nbs/40_objectives.ipynb #9eb5e38b
 @dataclass
 class Outcome:
     "A loss to differentiate, the cross-entropy of each thinking step (nats per token), the contrastive term, and the trace."
@@ -44,8 +44,7 @@ def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Desce
     `keys` [batch, seq] feed the start (unless given), noise and random step sizes; `visits` are the landscapes to descend (by default the policy's schedule).
     What is not `differentiable` is thought as outside training: with as many samples as the policy says, of which one is chosen (`23_verify`).
     """
-    context = model.observe(inputs)
-    def energy(embedded, landscape): return model.energy(embedded, context, landscape)
+    energy = model.given(model.observe(inputs))
     dtype = model.energy_head.weight.dtype
     if differentiable: trace = descent(energy, space, space.start(keys, dtype) if start is None else start, keys, visits)
     else: trace = think(energy, space, descent, keys, start, dtype, visits, judged=False).trace
@@ -57,7 +56,7 @@ def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Desce
     loss = torch.stack(step_losses).mean() if objective.steps == "mean" else step_losses[-1]
     if not objective.contrastive: return Outcome(loss, step_losses, trace)
     scored = targets != IGNORE
-    truth = model.energy(space.certain(targets.clamp(min=0)), context, model.landscapes - 1)
+    truth = energy(space.certain(targets.clamp(min=0)), model.landscapes - 1)
     contrastive = F.softplus(truth - trace.energies[-1])[scored].mean()
     return Outcome(loss + objective.contrastive * contrastive, step_losses, trace, contrastive)
 
