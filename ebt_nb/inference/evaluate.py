@@ -8,7 +8,7 @@ __all__ = ['Pair', 'Reading', 'read_batch', 'said_of', 'auroc', 'calibration', '
            'matches', 'token_f1', 'write_answers', 'plans', 'written', 'choose_answers', 'evaluate_questions',
            'evaluate', 'HarnessModel', 'register_harness']
 
-# %% ../../nbs/53_evaluate.ipynb #1e0e0d21
+# %% ../../nbs/53_evaluate.ipynb #518c4ab8
 import importlib
 import math
 import sys
@@ -30,6 +30,7 @@ from ..data.reasoning import Question, continuation, encode, final_answer, find_
 from ..data.serving import Rows, TextData, batch_of, permutation
 from ..data.text import NAMED, TextTokenizer, count_characters, find_source, say
 from .generate import Generator, at_rest, load_generator
+from ..noise import Keys
 from ..thinking.verify import energies_after, think
 from ..training.module import EnergyLanguageModule, LanguageModule
 
@@ -62,24 +63,26 @@ class Reading:
         columns["row"] = [rows + begin for rows, begin in zip(columns["row"], first)]
         return cls(**{name: None if found[0] is None else torch.cat(found, -1) for name, found in columns.items()})
 
-# %% ../../nbs/53_evaluate.ipynb #cc08f8eb
+# %% ../../nbs/53_evaluate.ipynb #4b59a93b
 @torch.no_grad()
 def read_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) -> Reading:
-    "Read the scored tokens of one batch (inputs, targets, index), every row of which has some."
+    "Read the scored tokens of one batch (inputs, targets, index), every row of which has some. Places before the first that is scored are observed, but not thought about."
     device, model = next(module.parameters()).device, module.model
     batch = {name: values.to(device) for name, values in batch.items()}
-    scored = batch["targets"] != IGNORE
-    wanted = batch["targets"][scored]
-    if not isinstance(module, EnergyLanguageModule): return said_of(wanted, [model(batch["inputs"])], scored)
-    energy, space = model.given(model.observe(batch["inputs"])), module.space
-    verdict = think(energy, space, module.descent, module.keys(batch), dtype=model.energy_head.weight.dtype)
+    begin = int((batch["targets"] != IGNORE).any(0).nonzero()[0])
+    targets = batch["targets"][:, begin:]
+    scored = targets != IGNORE
+    wanted = targets[scored]
+    if not isinstance(module, EnergyLanguageModule): return said_of(wanted, [model.output_head(model.hidden(batch["inputs"])[:, begin:])], scored)
+    energy, space, keys = model.given(model.observe(batch["inputs"])), module.space, module.keys(batch)
+    verdict = think(energy, space, module.descent, Keys(keys.first[:, begin:], keys.second[:, begin:]), dtype=model.energy_head.weight.dtype)
     trace = verdict.trace
     left_out = len(module.descent.schedule()) - len(trace.energies)
     def stayed(values): return torch.cat((values, values[-1:].expand(left_out, -1)))
     after = stayed(torch.stack([e[scored] for e in energies_after(energy, space, trace)]))
     before = torch.cat((torch.stack([e[scored] for e in trace.energies]), after[-1:].expand(left_out, -1)))
     fall = verdict.fall.gather(0, verdict.chosen[None])[0]
-    truth = energy(space.certain(batch["targets"].clamp(min=0)), trace.landscapes[-1]) - (verdict.final - verdict.fall).mean(0)
+    truth = energy(space.certain(targets.clamp(min=0)), trace.landscapes[-1]) - (verdict.final - verdict.fall).mean(0)
     common = said_of(wanted, trace.candidates[1:], scored)
     energies = dict(nats=stayed(common.nats), before=before, after=after, fall=fall[scored], truth=truth[scored], moves=trace.moves[scored], distance=verdict.distance[scored])
     return Reading(**(vars(common) | {name: values.cpu() for name, values in energies.items()}))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 'chosen', 'likely', 'draw_token', 'first_seen',
-           'Token', 'Completion', 'certain', 'Generator', 'check_tokens', 'padded', 'with_settings', 'load_generator',
-           'generate']
+           'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'Generator', 'padded',
+           'with_settings', 'load_generator', 'generate']
 
 # %% ../../nbs/50_generate.ipynb #6bfb64e7
 from collections import Counter
@@ -126,7 +126,52 @@ def certain(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
     return text[: len(text) - held], False
 
-# %% ../../nbs/50_generate.ipynb #50df87b0
+# %% ../../nbs/50_generate.ipynb #06720d4c
+def note(i: int, row: Completion, drawn: tuple[int, float, float | None, int | None], tokenizer: TextTokenizer | None, inference: Inference, ends: set[int]) -> Token:
+    "Add to row i what was drawn (token, log-probability, energy, steps), and say what is new."
+    token, log_probability, energy, steps = drawn
+    row.tokens.append(token); row.log_probabilities.append(log_probability)
+    if energy is not None: row.energies.append(energy)
+    if steps is not None: row.steps.append(steps)
+    ended = token in ends or token in inference.stop_tokens
+    if ended: row.finish = "end_of_text" if token in ends else "stop"
+    elif len(row.tokens) == inference.max_new_tokens: row.finish = "length"
+    before = len(row.text)
+    if tokenizer is not None: show(row, row.tokens[:-1] if ended else row.tokens, tokenizer, inference)
+    return Token(i, token, row.text[before:], log_probability, energy, steps, row.finish)
+
+def show(row: Completion, tokens: list[int], tokenizer: TextTokenizer, inference: Inference) -> None:
+    "Bring a completion's text up to date."
+    prompt = tokenizer.decode(row.prompt)
+    new = tokenizer.decode(row.prompt + tokens)[len(prompt):]
+    text, stopped = certain(new, inference.stop)
+    if stopped: row.finish = "stop"
+    elif row.finish is not None: text = new
+    row.text = prompt * inference.echo + text
+
+# %% ../../nbs/50_generate.ipynb #2f423868
+def new_completions(prompts: Sequence[str | Sequence[int]], numbers: Sequence[int] | None, tokenizer: TextTokenizer | None, context: int, vocabulary: int) -> list[Completion]:
+    "Completions still empty, numbered. Raises WorkbenchError for prompts that cannot be gone on from."
+    if isinstance(prompts, str) or not prompts: raise WorkbenchError("inference.prompt: give a list of prompts, with at least one")
+    if numbers is not None and len(numbers) != len(prompts): raise WorkbenchError(f"numbers: {len(numbers)} for {len(prompts)} prompts; give one each, or none")
+    rows, seen = [], Counter()
+    for i, prompt in enumerate(prompts, 1):
+        name = "inference.prompt" if len(prompts) == 1 else f"prompt {i}"
+        if isinstance(prompt, str) and tokenizer is None: raise WorkbenchError(f"{name}: is text, and there is no tokenizer; give token ids")
+        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        if not tokens: raise WorkbenchError(f"{name}: is empty; give at least one word to go on from")
+        check_tokens(name, tokens, vocabulary)
+        if len(tokens) > context: raise WorkbenchError(f"{name}: {len(tokens)} tokens are more than the model's context of {context} (data.context); shorten it by {len(tokens) - context}")
+        rows.append(Completion(tokens, seen[tuple(tokens)] if numbers is None else int(numbers[i - 1])))
+        seen[tuple(tokens)] += 1
+    return rows
+
+def check_tokens(name: str, tokens: list[int], vocabulary: int) -> None:
+    "Raise WorkbenchError for a token id that the vocabulary does not have."
+    for token in tokens:
+        if not 0 <= token < vocabulary: raise WorkbenchError(f"{name}: there is no token {token}; the vocabulary has {vocabulary}, from 0 to {vocabulary - 1}")
+
+# %% ../../nbs/50_generate.ipynb #3fa1b7b0
 class Generator:
     """Draws text from a module under the `inference` section (that of its configuration by default).
 
@@ -144,18 +189,7 @@ class Generator:
 
         Raises WorkbenchError for no prompts, empty ones, ones longer than the context, and for token ids outside the vocabulary.
         """
-        if isinstance(prompts, str) or not prompts: raise WorkbenchError("inference.prompt: give a list of prompts, with at least one")
-        if numbers is not None and len(numbers) != len(prompts): raise WorkbenchError(f"numbers: {len(numbers)} for {len(prompts)} prompts; give one each, or none")
-        rows, seen = [], Counter()
-        for i, prompt in enumerate(prompts, 1):
-            name = "inference.prompt" if len(prompts) == 1 else f"prompt {i}"
-            if isinstance(prompt, str) and self.tokenizer is None: raise WorkbenchError(f"{name}: is text, and there is no tokenizer; give token ids")
-            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-            if not tokens: raise WorkbenchError(f"{name}: is empty; give at least one word to go on from")
-            check_tokens(name, tokens, self.vocabulary)
-            if len(tokens) > self.context: raise WorkbenchError(f"{name}: {len(tokens)} tokens are more than the model's context of {self.context} (data.context); shorten it by {len(tokens) - self.context}")
-            rows.append(Completion(tokens, seen[tuple(tokens)] if numbers is None else int(numbers[i - 1])))
-            seen[tuple(tokens)] += 1
+        rows = new_completions(prompts, numbers, self.tokenizer, self.context, self.vocabulary)
         check_tokens("inference.stop_tokens", self.inference.stop_tokens, self.vocabulary)
         return rows
 
@@ -190,7 +224,7 @@ class Generator:
             drawn = draw_token(prediction.logits, self.inference, here)
             log_probabilities = prediction.logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
             columns = [c.tolist() if c is not None else [None] * len(going) for c in (drawn, log_probabilities, prediction.energies if self.judged else None, prediction.steps)]
-            for i, *values in zip(going, *columns): yield self.add(i, rows[i], *values)
+            for i, *values in zip(going, *columns): yield note(i, rows[i], tuple(values), self.tokenizer, self.inference, self.ends)
             left = [k for k, i in enumerate(going) if rows[i].finish is None]
             if context is not None and 0 < len(left) < len(going): context, begins = context.select(torch.tensor(left, device=device)), [begins[k] for k in left]
             going = [going[k] for k in left]
@@ -213,32 +247,6 @@ class Generator:
         positions = (torch.tensor(starts, device=lengths.device)[:, None] + torch.arange(seen.shape[1], device=lengths.device)).clamp(max=places.first.shape[1] - 1)
         at = torch.tensor(rows, device=lengths.device)[:, None], positions
         return predict_plainly(self.module, seen, lengths, Keys(places.first[at], places.second[at]), self.inference.energies, self.through_both)
-
-    def add(self, i: int, row: Completion, token: int, log_probability: float, energy: float | None, steps: int | None) -> Token:
-        "Note a token that was drawn for row i, and say what is new."
-        row.tokens.append(token); row.log_probabilities.append(log_probability)
-        if energy is not None: row.energies.append(energy)
-        if steps is not None: row.steps.append(steps)
-        ended = token in self.ends or token in self.inference.stop_tokens
-        if ended: row.finish = "end_of_text" if token in self.ends else "stop"
-        elif len(row.tokens) == self.inference.max_new_tokens: row.finish = "length"
-        before = len(row.text)
-        if self.tokenizer is not None: self.show(row, row.tokens[:-1] if ended else row.tokens)
-        return Token(i, token, row.text[before:], log_probability, energy, steps, row.finish)
-
-    def show(self, row: Completion, tokens: list[int]) -> None:
-        "Bring a completion's text up to date."
-        prompt = self.tokenizer.decode(row.prompt)
-        new = self.tokenizer.decode(row.prompt + tokens)[len(prompt):]
-        text, stopped = certain(new, self.inference.stop)
-        if stopped: row.finish = "stop"
-        elif row.finish is not None: text = new
-        row.text = prompt * self.inference.echo + text
-
-def check_tokens(name: str, tokens: list[int], vocabulary: int) -> None:
-    "Raise WorkbenchError for a token id that the vocabulary does not have."
-    for token in tokens:
-        if not 0 <= token < vocabulary: raise WorkbenchError(f"{name}: there is no token {token}; the vocabulary has {vocabulary}, from 0 to {vocabulary - 1}")
 
 def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch seq"]:
     "Rows of different lengths as one tensor, with zeros behind."
