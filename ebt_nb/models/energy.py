@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EnergyTransformer', 'Given', 'initialise_energy', 'initialise_as_published']
 
-# %% ../../nbs/12_energy.ipynb #1fef8adb
+# %% ../../nbs/12_energy.ipynb #99bfedd7
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import Conditioning
-from .layers import Block, Context, KeyValue, RMSNorm, append, check_room, follow, normalise, rotary_angles, with_room
+from .layers import Block, Context, KeyValue, RMSNorm, follow, grow, normalise, rotary_angles, with_room
 from .transformer import initialise
 
-# %% ../../nbs/12_energy.ipynb #c744d882
+# %% ../../nbs/12_energy.ipynb #2ea25078
 class EnergyTransformer(nn.Module):
     """Autoregressive energy-based transformer (arXiv 2507.02092, section 3).
 
@@ -82,11 +82,22 @@ class EnergyTransformer(nn.Module):
 
     @torch.no_grad()
     def extend(self, context: Context, tokens: Int[Tensor, "batch"]) -> None:
-        "Observe one more token of each row, behind its newest; changes the context in place. Raises ValueError where it has no room."
-        check_room(context)
-        embedded = self.embedding(tokens[:, None])
-        sight = context.sight(rope_base=self.rope_base, dtype=embedded.dtype)
-        append(context, {r: follow(self.blocks, embedded, context, sight, r, self._step(r))[2] for r in context.layers})
+        """Observe one more token of each row, behind its newest; changes the context in place. Raises ValueError where it has no room.
+
+        Where one context serves all landscapes, the token is run through the layers together with the next candidates.
+        """
+        self._read(context)
+        grow(context)
+        context.unread = self.embedding(tokens[:, None])
+        if not self.shares_context: self._read(context)
+
+    @torch.no_grad()
+    def _read(self, context: Context) -> None:
+        "Run newest tokens through the layers by themselves, if they have not been."
+        newest, context.unread = context.unread, None
+        if newest is None: return
+        sight = context.sight(samples=0, rope_base=self.rope_base, dtype=newest.dtype, newest=True)
+        for r in context.layers: follow(self.blocks, newest, context, sight, r, self._step(r), context.place)
 
     def energy(self, embedded: Float[Tensor, "*samples batch cand width"], context: Context, landscape: int) -> Float[Tensor, "*samples batch cand"]:
         """Energies of embedded candidates: the guesses for what follows the *last* `cand` observed tokens of each row, any number of samples of each.
@@ -115,13 +126,21 @@ class EnergyTransformer(nn.Module):
         step = self._step(landscape)
         z = embedded + step if self.conditioning == "step_embed" else embedded
         if samples: z = z.reshape(-1, batch, candidates, width).transpose(0, 1).flatten(1, 2)
-        def unfolded(x): return x.unflatten(1, (-1, candidates)).transpose(0, 1).reshape(*samples, *x[:, :candidates].shape) if samples else x
+        if torch.is_grad_enabled(): self._read(context)              # what is written in place must not be in a graph
+        newest, context.unread = context.unread, None
+        first = 0 if newest is None else 1
+        def unfolded(x): return x[:, first:].unflatten(1, (-1, candidates)).transpose(0, 1).reshape(*samples, *x[:, first : first + candidates].shape) if samples else x[:, first:]
 
-        sight = context.sight(candidates, z.shape[1] // candidates, self.rope_base, z.dtype)
-        z, pull_blocks, _ = follow(self.blocks, z, context, sight, landscape, step)
+        sight = context.sight(candidates, z.shape[1] // candidates, self.rope_base, z.dtype, newest is not None)
+        z, pull_blocks = follow(self.blocks, z if newest is None else torch.cat((newest, z), 1), context, sight, landscape, step, None if newest is None else context.place)
         z, pull_norm = normalise(self.final_norm, z, *(() if self.final_adaptive is None else self.final_adaptive(F.silu(step)).chunk(2)))
         energies = self.energy_head(z).squeeze(-1)
-        return unfolded(energies), lambda: unfolded(pull_blocks(pull_norm(self.energy_head.weight.expand_as(z))))
+
+        def force():
+            gradient = pull_norm(self.energy_head.weight.expand_as(z))
+            if newest is not None: gradient[:, 0] = 0                # a token that was read is not moved
+            return unfolded(pull_blocks(gradient))
+        return unfolded(energies), force
 
     def _step(self, landscape: int | None) -> Float[Tensor, "width"] | None:
         return None if landscape is None or self.step_embedding is None else self.step_embedding.weight[landscape]

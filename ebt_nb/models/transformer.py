@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Transformer', 'initialise']
 
-# %% ../../nbs/11_transformer.ipynb #3fa846f6
+# %% ../../nbs/11_transformer.ipynb #2b6433e0
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .layers import Block, Context, RMSNorm, append, check_room, follow, rotary_angles, with_room
+from .layers import Block, Context, RMSNorm, follow, grow, rotary_angles, with_room
 
-# %% ../../nbs/11_transformer.ipynb #4d0e9d10
+# %% ../../nbs/11_transformer.ipynb #5661f33c
 class Transformer(nn.Module):
     """Decoder-only transformer ("Transformer++": RMSNorm, rotary positions, SwiGLU, no biases).
 
@@ -51,10 +51,9 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def extend(self, context: Context, tokens: Int[Tensor, "batch"]) -> None:
         "Append one token to each row of a context, in place. Raises ValueError where it has no room."
-        check_room(context)
+        grow(context)
         x = self.embedding(tokens[:, None])
-        x, _, own = follow(self.blocks, x, context, context.sight(rope_base=self.rope_base, dtype=x.dtype))
-        append(context, {None: own})
+        x, _ = follow(self.blocks, x, context, context.sight(samples=0, rope_base=self.rope_base, dtype=x.dtype, newest=True), place=context.place)
         context.newest = self.final_norm(x[:, 0])
 
     def next_logits(self, context: Context) -> Float[Tensor, "batch vocab"]:
