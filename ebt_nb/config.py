@@ -124,7 +124,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #f988a8d8
+# %% ../nbs/00_config.ipynb #7dacee83
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -167,6 +167,7 @@ class Trainer(Section):
     devices: int = Field(1, ge=1, description="devices per node")
     nodes: int = Field(1, ge=1, description="nodes")
     threads: int = Field(0, ge=0, description="CPU threads of the process; 0 leaves torch's choice")
+    fast_products: bool = Field(True, description="let oneDNN multiply float32 where it is exact and torch's default is slow (AMD processors)")
     val_every: int = Field(1000, ge=1, description="updates between validations")
     val_batches: int = Field(50, ge=1, description="validation batches each time")
     log_every: int = Field(50, ge=1, description="updates between logged training figures")
@@ -185,6 +186,7 @@ class Inference(Section):
     stop_tokens: list[int] = Field(default_factory=list, description="token ids that end a completion; they are not shown")
     stop_at_end: bool = Field(True, description="the end-of-text token ends a completion")
     echo: bool = Field(False, description="show the prompt before its completion")
+    packed: bool = Field(True, description="on a CPU, copies of the weights in the layout that few rows are multiplied with fastest; they take twice the weights' memory")
     energies: bool = Field(False, description="EBT: report each token's final energy; costs two evaluations a token where thinking.samples is 1")
 
 class Tracking(Section):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'model_to_measure']
 
-# %% ../../nbs/55_bench.ipynb #095c8563
+# %% ../../nbs/55_bench.ipynb #49b82314
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import torch
 
 from ..config import Inference, build_config, checked
 from .generate import Generator
+from ..models.products import fast_products
 from ..training.module import LanguageModule, build_module
 
 # %% ../../nbs/55_bench.ipynb #a2ed0c8f
@@ -43,7 +44,7 @@ class Comparison:
                     lean_tokens_per_second=self.batch * steps / whole["lean"], ratio=whole["uncached"] / seconds, ratio_at_full_context=full["uncached"] / at_the_end, ratio_lean=whole["lean"] / seconds,
                     ratio_lean_at_full_context=full["lean"] / at_the_end, uncached_positions_measured=len(self.measured), uncached_positions=steps, same_tokens=self.same == compared, tokens_compared=compared)
 
-# %% ../../nbs/55_bench.ipynb #e14256aa
+# %% ../../nbs/55_bench.ipynb #6dc53fdc
 def compare(module: LanguageModule, batch: int, seconds: float = 120, passes: int = 3) -> Comparison:
     "Generate `batch` texts that fill the context, `passes` times, and compare with predictions without cache, on which `seconds` are spent."
     length, numbers = module.config.data.context, range(batch)
@@ -70,7 +71,7 @@ def compare(module: LanguageModule, batch: int, seconds: float = 120, passes: in
             if n not in measured[k::passes]: continue
             texts = [row.prompt + row.tokens[: n - 1] for row in rows]
             for way, generator in uncached.items():
-                uncached_times[way][n], again = timed(lambda: generator.complete(texts, numbers))
+                with fast_products(way == "lean"): uncached_times[way][n], again = timed(lambda: generator.complete(texts, numbers))
                 same += sum(ours.tokens[n - 1] == theirs.tokens[0] for ours, theirs in zip(rows, again))
         times.append(steps)
     return Comparison(batch, [statistics.median(s) for s in zip(*times)], measured, *([found[n] for n in measured] for found in uncached_times.values()), same, torch.get_num_threads())

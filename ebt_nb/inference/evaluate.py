@@ -8,7 +8,7 @@ __all__ = ['Pair', 'Reading', 'read_batch', 'said_of', 'auroc', 'calibration', '
            'matches', 'token_f1', 'write_answers', 'plans', 'written', 'choose_answers', 'evaluate_questions',
            'evaluate', 'HarnessModel', 'register_harness']
 
-# %% ../../nbs/53_evaluate.ipynb #518c4ab8
+# %% ../../nbs/53_evaluate.ipynb #7548e437
 import importlib
 import math
 import sys
@@ -30,6 +30,7 @@ from ..data.reasoning import Question, continuation, encode, final_answer, find_
 from ..data.serving import Rows, TextData, batch_of, permutation
 from ..data.text import NAMED, TextTokenizer, count_characters, find_source, say
 from .generate import Generator, at_rest, load_generator
+from ..models.products import fast_products
 from ..noise import Keys
 from ..thinking.verify import energies_after, think
 from ..training.module import EnergyLanguageModule, LanguageModule
@@ -278,7 +279,7 @@ def choose_answers(module: LanguageModule, tokenizer: TextTokenizer, questions: 
     found = {name: np.mean([q.choices[int(few.argmax())] == q.answer for (q, _), few in zip(asked, values.split(sizes))]) for name, values in scores.items()}
     return {name: float(value) for name, value in (found | dict(chance=np.mean([q.choices.count(q.answer) / len(q.choices) for q, _ in asked]))).items()}
 
-# %% ../../nbs/53_evaluate.ipynb #760042a1
+# %% ../../nbs/53_evaluate.ipynb #95ded42a
 def evaluate_questions(module: LanguageModule, tokenizer: TextTokenizer, data: Data, split: str, limit: int | None, shown: bool) -> dict[str, Any]:
     "The figures of an `Evaluation` for a split of a question set."
     known_split(split, find_questions(data.source, data).splits, data.source)
@@ -297,7 +298,7 @@ def evaluate(module: LanguageModule, tokenizer: TextTokenizer, source: str, spli
     Raises EvaluationError for a split that is not there, a limit below 1 and answers longer than the context, DataError for data that cannot be used."""
     chosen_rows(1, limit)
     data, begin = data_of(module, source, task), time.perf_counter()
-    with at_rest(module): found = (evaluate_questions if holds_questions(data) else evaluate_text)(module, tokenizer, data, split, limit, shown)
+    with at_rest(module), fast_products(module.config.trainer.fast_products): found = (evaluate_questions if holds_questions(data) else evaluate_text)(module, tokenizer, data, split, limit, shown)
     return Evaluation(data=source, split=split, **found, seconds=time.perf_counter() - begin)
 
 # %% ../../nbs/53_evaluate.ipynb #8d1a395c

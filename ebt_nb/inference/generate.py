@@ -7,7 +7,7 @@ __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 
            'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'Generator', 'padded',
            'with_settings', 'load_generator', 'generate']
 
-# %% ../../nbs/50_generate.ipynb #6bfb64e7
+# %% ../../nbs/50_generate.ipynb #39fe1eb3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, Inference, RunConfig, WorkbenchError, changed, keys, nearest, parse_overrides
 from ..data.text import TextTokenizer, load_tokenizer
 from ..models.layers import Context
+from ..models.products import Copies, packed
 from ..noise import Keys
 from ..thinking.verify import think
 from ..training.module import EnergyLanguageModule, LanguageModule, check_tokenizer, load_module
@@ -171,7 +172,7 @@ def check_tokens(name: str, tokens: list[int], vocabulary: int) -> None:
     for token in tokens:
         if not 0 <= token < vocabulary: raise WorkbenchError(f"{name}: there is no token {token}; the vocabulary has {vocabulary}, from 0 to {vocabulary - 1}")
 
-# %% ../../nbs/50_generate.ipynb #3fa1b7b0
+# %% ../../nbs/50_generate.ipynb #86d89e93
 class Generator:
     """Draws text from a module under the `inference` section (that of its configuration by default).
 
@@ -182,6 +183,7 @@ class Generator:
         self.seed = module.config.run.seed if seed is None else seed
         self.context, self.vocabulary = module.config.data.context, module.config.model.vocab_size
         self.weights = list(module.parameters())
+        self.copies: Copies | None = {} if cached and self.inference.packed else None
         self.ends = {tokenizer.end_of_text} if tokenizer is not None and self.inference.stop_at_end else set()
 
     def begin(self, prompts: Sequence[str | Sequence[int]], numbers: Sequence[int] | None = None) -> list[Completion]:
@@ -215,7 +217,7 @@ class Generator:
             lengths = torch.tensor([len(text) - start for text, start in zip(texts, starts)], device=device)
             at = torch.tensor(going, device=device)[:, None], torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
             here = Keys(places.first[at], places.second[at])
-            with at_rest(self.module, self.weights):
+            with at_rest(self.module, self.weights), packed(self.copies):
                 if not self.cached: prediction = self.plainly(texts, starts, lengths, places, going)
                 else:
                     if context is None or starts != begins: context, begins = self.observe(texts, starts, lengths), starts
@@ -253,8 +255,8 @@ def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch se
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
-# %% ../../nbs/50_generate.ipynb #fde17c60
-CHANGEABLE = ("run.seed", "trainer.threads", *(f"thinking.{name}" for name in (
+# %% ../../nbs/50_generate.ipynb #33a2267c
+CHANGEABLE = ("run.seed", "trainer.threads", "trainer.fast_products", *(f"thinking.{name}" for name in (
     "samples", "choose", "early_stop", "accept_only_lower", "anneal", "clamp", "curvature", "curvature_iterations", "start", "start_std", "infer_steps", "infer_step_size", "infer_step_size_factor",
     "infer_step_size_last_only", "infer_noise", "infer_noise_first_only")), *(f"inference.{name}" for name in Inference.model_fields))
 
@@ -262,7 +264,7 @@ def with_settings(config: RunConfig, settings: list[str] | dict[str, Any] = ()) 
     "A trained model's configuration with settings for its use. Raises ConfigError for what is no key, no possible value, or fixed by training."
     settings = parse_overrides(settings)
     for key in settings.keys() & keys().keys():
-        if key not in CHANGEABLE: raise ConfigError(f"{key}: is fixed by training{nearest(key, CHANGEABLE)}; what can be set for a trained model is inference.*, run.seed, trainer.threads and, of thinking, {', '.join(k.removeprefix('thinking.') for k in CHANGEABLE if k.startswith('thinking.'))}")
+        if key not in CHANGEABLE: raise ConfigError(f"{key}: is fixed by training{nearest(key, CHANGEABLE)}; what can be set for a trained model is inference.*, run.seed, trainer.threads, trainer.fast_products and, of thinking, {', '.join(k.removeprefix('thinking.') for k in CHANGEABLE if k.startswith('thinking.'))}")
     return changed(config, settings)
 
 def load_generator(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> Generator:

@@ -6,7 +6,7 @@
 __all__ = ['Pullback', 'RMSNorm', 'rotary_angles', 'rotate', 'SwiGLU', 'KeyValue', 'Place', 'Attention', 'hidden_from_candidates',
            'modulate', 'normalise', 'residual', 'Block', 'Context', 'with_room', 'grow', 'follow']
 
-# %% ../../nbs/10_layers.ipynb #af72b387
+# %% ../../nbs/10_layers.ipynb #fb6fb2c5
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from .products import linear, pull_linear
 
 # %% ../../nbs/10_layers.ipynb #4ab53d95
 Pullback = Callable[[Tensor], Tensor]
@@ -54,7 +56,7 @@ def rotate(x: Float[Tensor, "*batch seq head"], angles: Float[Tensor, "2 *rows s
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return x * cosine - swapped * sine if back else x * cosine + swapped * sine
 
-# %% ../../nbs/10_layers.ipynb #2921fb1f
+# %% ../../nbs/10_layers.ipynb #283ba865
 class SwiGLU(nn.Module):
     "Gated feed-forward layer without biases (Shazeer 2020). `gate_up` holds W1 above W3, `down` is W2."
     def __init__(self, width: int, hidden: int):
@@ -67,15 +69,15 @@ class SwiGLU(nn.Module):
 
     def linearise(self, x: Float[Tensor, "*batch width"]) -> tuple[Float[Tensor, "*batch width"], Pullback]:
         "The output and its pullback."
-        gate, up = self.gate_up(x).chunk(2, -1)
+        gate, up = linear(x, self.gate_up.weight).chunk(2, -1)
         opened = F.silu(gate)
 
         def pullback(gradient: Tensor) -> Tensor:
-            gradient = gradient @ self.down.weight
-            return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * opened), -1) @ self.gate_up.weight
-        return self.down(opened * up), pullback
+            gradient = pull_linear(gradient, self.down.weight)
+            return pull_linear(torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * opened), -1), self.gate_up.weight)
+        return linear(opened * up, self.down.weight), pullback
 
-# %% ../../nbs/10_layers.ipynb #24173aff
+# %% ../../nbs/10_layers.ipynb #43f1e106
 class KeyValue(NamedTuple):
     "What one layer keeps of tokens: rotated keys, and values."
     keys: Float[Tensor, "batch heads seq head"]
@@ -96,17 +98,17 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Tensor, "batch seq width"], angles: Float[Tensor, "2 *rows seq head"]) -> tuple[Tensor, Tensor, Tensor]:
         "Rotated queries and keys, and values, each [batch, heads, seq, head]."
-        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
+        qk, v = linear(x, self.qkv.weight).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))
         return *rotate(qk, angles), v[0]
 
     def pull_project(self, q: Float[Tensor, "batch heads seq head"], k: Float[Tensor, "batch heads seq head"], v: Float[Tensor, "batch heads seq head"],
                      angles: Float[Tensor, "2 *rows seq head"]) -> Float[Tensor, "batch seq width"]:
         "The gradient that gradients of `project`'s three outputs make."
         qk = rotate(torch.stack((q, k)), angles, back=True)
-        return torch.cat((qk, v[None])).permute(1, 3, 0, 2, 4).flatten(2) @ self.qkv.weight
+        return pull_linear(torch.cat((qk, v[None])).permute(1, 3, 0, 2, 4).flatten(2), self.qkv.weight)
 
     def merge(self, x: Float[Tensor, "batch heads seq head"]) -> Float[Tensor, "batch seq width"]:
-        return self.out(x.transpose(1, 2).flatten(2))
+        return linear(x.transpose(1, 2).flatten(2), self.out.weight)
 
     def observed(self, x: Float[Tensor, "batch seq width"], angles: Float[Tensor, "2 seq head"]) -> tuple[Float[Tensor, "batch seq width"], KeyValue]:
         "Causal attention among observed tokens, and the keys and values that candidates will look at."
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         mixed = seen @ context.values + itself * v
 
         def pullback(gradient: Tensor) -> Tensor:
-            gradient = (gradient @ self.out.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            gradient = pull_linear(gradient, self.out.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             mean = (gradient * mixed).sum(-1, keepdim=True)
             to_seen = seen * (gradient @ context.values.transpose(-2, -1) - mean)
             to_itself = itself * ((gradient * v).sum(-1, keepdim=True) - mean)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Transformer', 'initialise']
 
-# %% ../../nbs/11_transformer.ipynb #2b6433e0
+# %% ../../nbs/11_transformer.ipynb #6651f583
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .products import linear
 from .layers import Block, Context, RMSNorm, follow, grow, rotary_angles, with_room
 
-# %% ../../nbs/11_transformer.ipynb #5661f33c
+# %% ../../nbs/11_transformer.ipynb #490fc7f0
 class Transformer(nn.Module):
     """Decoder-only transformer ("Transformer++": RMSNorm, rotary positions, SwiGLU, no biases).
 
@@ -58,7 +59,7 @@ class Transformer(nn.Module):
 
     def next_logits(self, context: Context) -> Float[Tensor, "batch vocab"]:
         "Logits of the token after each row's newest."
-        return self.output_head(context.newest)
+        return linear(context.newest, self.output_head.weight)
 
     def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         "Logits of the token after each position."

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['State', 'Space', 'step_against', 'first_candidate', 'TokenSpace', 'ContinuousSpace']
 
-# %% ../../nbs/20_spaces.ipynb #fbc99533
+# %% ../../nbs/20_spaces.ipynb #32afd5d1
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..models.products import linear, pull_linear
 from ..noise import Keys
 
 # %% ../../nbs/20_spaces.ipynb #2fcc34b1
@@ -42,7 +43,7 @@ def first_candidate(keys: Keys, width: int, start: str, std: float, dtype: torch
     if start == "noise": return keys.at("start").normal(width, dtype) * std
     return torch.zeros(*keys.first.shape, width, dtype=dtype, device=keys.first.device)
 
-# %% ../../nbs/20_spaces.ipynb #b01b779c
+# %% ../../nbs/20_spaces.ipynb #fdde7e6a
 class TokenSpace:
     "Candidates over a vocabulary, embedded by a borrowed `table` W [V, D]."
     def __init__(self, table: Float[Tensor, "vocab width"], rule: Literal["probabilities", "logits", "raw"] = "probabilities",
@@ -63,12 +64,12 @@ class TokenSpace:
 
     def embed(self, state: State) -> Float[Tensor, "*batch width"]:
         "The candidate's average row of the table."
-        return (state.value.softmax(-1) if self.rule == "logits" else state.value) @ self.table
+        return pull_linear(state.value.softmax(-1) if self.rule == "logits" else state.value, self.table)
 
     def move(self, state: State, force: Float[Tensor, "*batch width"], step_size: Float[Tensor, "..."], bound: Float[Tensor, ""] | None = None,
              constant: bool = False) -> Float[Tensor, "*batch vocab"]:
         "The candidate after one step against the force."
-        gradient = force @ self.table.T
+        gradient = linear(force, self.table)
         if self.rule == "logits":
             share = state.value.softmax(-1)
             gradient = share * (gradient - (share * gradient).sum(-1, keepdim=True))
@@ -82,7 +83,7 @@ class TokenSpace:
         "What a moved candidate says of each token, in nats."
         return candidate.log_softmax(-1)
 
-# %% ../../nbs/20_spaces.ipynb #849d3850
+# %% ../../nbs/20_spaces.ipynb #324310b7
 class ContinuousSpace:
     "Candidates that are vectors, `width` wide, embedded as they are or by a borrowed linear `projection`; `keep_noise` says whether Langevin noise stays in the candidate."
     def __init__(self, width: int, projection: nn.Linear | None = None, keep_noise: bool = True, start: Literal["noise", "zeros"] = "noise", start_std: float = 1.0):
@@ -105,5 +106,5 @@ class ContinuousSpace:
     def move(self, state: State, force: Float[Tensor, "*batch width"], step_size: Float[Tensor, "..."], bound: Float[Tensor, ""] | None = None,
              constant: bool = False) -> Float[Tensor, "*batch size"]:
         "The candidate after one step against the force."
-        gradient = force if self.projection is None else force @ self.projection.weight
+        gradient = force if self.projection is None else pull_linear(force, self.projection.weight)
         return step_against(state.value, gradient, step_size, bound, constant)
