@@ -83,7 +83,7 @@ class Model(Section):
             raise ValueError(f"heads: width {self.width} cannot be cut into {self.heads} heads of even width; heads that fit: {', '.join(map(str, fits))}")
         return self
 
-# %% ../nbs/00_config.ipynb #5c218412
+# %% ../nbs/00_config.ipynb #128ae1c4
 class Thinking(Section):
     "Policy of the descent: how a candidate starts, how far and how often it moves, and what is random about it."
     steps: int = Field(2, ge=1, description="landscapes, visited in order; with one visit each (System 1) this is the number of thinking steps")
@@ -101,7 +101,7 @@ class Thinking(Section):
     detach: bool = Field(True, description="cut the graph between steps: each step learns from its own loss only")
     truncate: bool = Field(False, description="only the last step's gradient is differentiated; needs detach=false and objective.steps=last")
     clamp: float | None = Field(None, gt=0, description="largest change of a candidate's entry in one step; none if null")
-    accept_only_lower: bool = Field(False, description="take a move only where it lowers the energy of the landscape it was made in")
+    accept_only_lower: bool = Field(False, description="outside training: take a move only where it lowers the energy of the landscape it was made in")
     anneal: float = Field(1.0, gt=0, description="size of a descent's last step over its first, geometric in between: below 1 anneals, above 1 warms up")
     curvature: float | None = Field(None, gt=0, description="c: no step is longer than c / (largest curvature of the energy where it starts), found by power iteration; none if null")
     curvature_iterations: int = Field(3, ge=1, description="power iterations for the curvature")

@@ -6,10 +6,10 @@
 __all__ = ['Pullback', 'RMSNorm', 'rotary_angles', 'rotate', 'SwiGLU', 'KeyValue', 'Place', 'Attention', 'hidden_from_candidates',
            'modulate', 'normalise', 'residual', 'Block', 'Context', 'with_room', 'grow', 'follow']
 
-# %% ../../nbs/10_layers.ipynb #fb6fb2c5
+# %% ../../nbs/10_layers.ipynb #6599acdb
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -193,7 +193,7 @@ class Block(nn.Module):
         x, pull_ffn = residual(x, self.ffn_norm, self.ffn.linearise, *second)
         return x, lambda gradient: pull_attention(pull_ffn(gradient)), *kept
 
-# %% ../../nbs/10_layers.ipynb #20e642f0
+# %% ../../nbs/10_layers.ipynb #ad618e2f
 @dataclass
 class Context:
     """Keys and values of every layer, by landscape; `None` is the key where all landscapes share them.
@@ -244,6 +244,13 @@ class Context:
             hidden = hidden_from_candidates(positions, self.front + self.length)
             self.sights[key] = rotary_angles(positions, self.buffer.shape[-1], rope_base, dtype), None if candidates == 1 and not hidden.any() else hidden
         return self.sights[key]
+
+    def cut(self) -> tuple["Context", list[Tensor], list[Tensor]]:
+        "The same, cut from the graph it was made in: with leaves for keys and values. Beside it what was cut, and the leaves, in the same order."
+        whole = [t for layers in self.layers.values() for kept in layers for t in kept]
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in whole]
+        at = iter(leaves)
+        return replace(self, layers={r: [KeyValue(next(at), next(at)) for _ in layers] for r, layers in self.layers.items()}, sights={}), whole, leaves
 
     def select(self, rows: slice | Int[Tensor, "rows"] = slice(None), length: int | None = None) -> "Context":
         "The context of some batch rows; with `length`, after their first `length` tokens only (and without room or newer ones): what a prediction in mid-sequence has seen."

@@ -88,7 +88,7 @@ def largest_curvature(energy: Energy, space: Space, state: State, landscape: int
             product, = torch.autograd.grad(gradient, value, direction, retain_graph=True)
     return norm(product).reshape(energies.shape)
 
-# %% ../../nbs/21_descent.ipynb #d25690bf
+# %% ../../nbs/21_descent.ipynb #1f75ddd4
 class Descent(nn.Module):
     "The optimisation loop under a `Thinking` policy, with the step size alpha as its parameter. Random step sizes apply in training mode only, what the policy calls `infer_...` and early stops outside it."
     def __init__(self, policy: Thinking):
@@ -121,31 +121,33 @@ class Descent(nn.Module):
         if self.training: return policy.noise
         return 0.0 if k and policy.infer_noise_first_only else policy.noise if policy.infer_noise is None else policy.infer_noise
 
-    def forward(self, energy: Energy, space: Space, start: Float[Tensor, "*batch size"], keys: Keys | None = None, visits: list[int] | None = None,
-                differentiable: bool = True) -> Trace:
-        """Descend from `start`. `energy(embedded, landscape)` scores embedded candidates; `keys` feed noise and random step sizes.
+    def forward(self, energy: Energy, space: Space, start: Float[Tensor, "*batch size"] | None = None, keys: Keys | None = None, visits: list[int] | None = None,
+                differentiable: bool = True, keep: bool = True, dtype: torch.dtype = torch.float32) -> Trace:
+        """Descend from `start` (if None, from the space's own, of format `dtype`). `energy(embedded, landscape)` scores embedded candidates; `keys` feed starts, noise and random step sizes.
 
-        With `differentiable` the trace can be differentiated as the policy says; without, nothing is kept for that.
+        With `differentiable` the trace can be differentiated as the policy says; without, nothing is kept for that. Unless asked to `keep` them, the trace holds no candidates but the last.
         Raises DivergenceError where an energy or its gradient is not finite.
         """
         policy, visits = self.policy, self.schedule() if visits is None else visits
-        factor, active = 1.0, None
+        candidate = space.start(keys, dtype) if start is None else start
+        dtype, factor, active = candidate.dtype, 1.0, None
+        early_stop, only_lower = (None, False) if self.training else (policy.early_stop, policy.accept_only_lower)
         if self.training and policy.random_step_size > 1:
             low, high = 1 / policy.random_step_size, policy.random_step_size
-            factor = low + (high - low) * keys.at("step size").uniform(1, start.dtype)
-        trace = Trace([start])
-        candidate = start
+            factor = low + (high - low) * keys.at("step size").uniform(1, dtype)
+        trace = Trace([candidate] if keep else [])
         for k, landscape in enumerate(visits):
             constant = not differentiable or (policy.truncate and k < len(visits) - 1)
             if policy.detach or not differentiable: candidate = candidate.detach()
             std, alpha = self.noise(k), self.alpha(landscape)
-            state = space.enter(candidate, std * keys.at("langevin", k).normal(space.noise_width, start.dtype) if std else None)
+            state = space.enter(candidate, keys.at("langevin", k).normal(space.noise_width, dtype).mul_(std) if std else None)
+            if early_stop is None and not only_lower: candidate = None         # not needed any more, and large
             energies, force = energy_and_force(energy, space.embed(state), landscape, not constant)
             norms = force.detach().norm(dim=-1)
             check_finite(k, landscape, energies, norms)
             if active is None: active = torch.ones_like(energies, dtype=torch.bool)
-            if policy.early_stop is not None and not self.training and k and landscape == visits[k - 1]:
-                active = active & (trace.energies[-1] - energies > policy.early_stop)
+            if early_stop is not None and k and landscape == visits[k - 1]:
+                active = active & (trace.energies[-1] - energies > early_stop)
                 if not active.any(): break
             step_size = alpha.clamp(min=policy.step_size_floor) * policy.anneal ** (k / max(1, len(visits) - 1)) * factor
             if policy.curvature is not None:
@@ -153,10 +155,12 @@ class Descent(nn.Module):
                 step_size = torch.minimum(step_size, expand(longest, state.value))
             moved = space.move(state, force, step_size, None if policy.clamp is None else policy.clamp / alpha, constant)
             accepted = active
-            if policy.accept_only_lower:
+            if only_lower:
                 with torch.no_grad(): accepted = active & (energy(space.embed(space.enter(moved, None)), landscape) < energies)
-            candidate = moved if policy.early_stop is None and not policy.accept_only_lower else torch.where(expand(accepted, moved), moved, candidate)
+            candidate = moved if candidate is None else torch.where(expand(accepted, moved), moved, candidate)
+            if not keep: trace.candidates.clear()
             trace.candidates.append(candidate if differentiable else candidate.detach())
+            del state, moved
             trace.energies.append(energies); trace.force_norms.append(norms); trace.landscapes.append(landscape); trace.accepted.append(accepted)
         return trace
 
