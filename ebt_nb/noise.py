@@ -21,7 +21,7 @@ def mix(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     word.bitwise_xor_((word >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
     return word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
 
-# %% ../nbs/02_noise.ipynb #abfe0d8b
+# %% ../nbs/02_noise.ipynb #5b3801ca
 @dataclass(frozen=True)
 class Keys:
     "What a batch of random draws is keyed by: two int32 words for every sample and position."
@@ -41,6 +41,10 @@ class Keys:
         low = torch.where(low >= 2**31, low - 2**32, low).int()
         first = mix(mix(self.first ^ low) + high.int())
         return Keys(first, mix(self.second * 0x01000193 + first))
+
+    def select(self, rows: slice) -> "Keys":
+        "The keys of some rows."
+        return Keys(self.first[rows], self.second[rows])
 
     def at(self, purpose: str, step: int = 0) -> "Keys":
         "Keys for one purpose ('start', 'langevin', ...) and step."

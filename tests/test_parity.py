@@ -115,7 +115,7 @@ def check_energy_model(case, file):
     objective = Objective(steps="last" if config["truncate_mcmc"] else "mean", contrastive=config["contrastive_loss_coeff"] if config["contrastive_loss"] else 0)
     descent = Descent(policy).to(weights.dtype).train()
     with torch.no_grad(): descent.step_size.copy_(weights)
-    outcome = energy_objective(model, TokenSpace(model.candidate_table, policy.rule), descent, *tokens_of(case, file), GivenNumbers(file), objective, config["step_indices"])
+    outcome = energy_objective(model, TokenSpace(model.candidate_table, policy.rule), descent, *tokens_of(case, file), GivenNumbers(file), objective, config["step_indices"], keep="all")
     for k, energies in enumerate(outcome.trace.energies): compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
     for k, candidate in enumerate(outcome.trace.candidates[1:]): compare(case, f"out/pred.{k}", candidate, file[f"out/pred.{k}"])
     for k, loss in enumerate(outcome.step_losses): compare(case, f"out/ce.{k}", loss, file[f"out/ce.{k}"])

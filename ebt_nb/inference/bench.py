@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'model_to_measure']
 
-# %% ../../nbs/55_bench.ipynb #49b82314
+# %% ../../nbs/55_bench.ipynb #1bfed53c
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 
 from ..config import Inference, build_config, checked
 from .generate import Generator
-from ..models.products import fast_products
+from ..products import fast_products
 from ..training.module import LanguageModule, build_module
 
 # %% ../../nbs/55_bench.ipynb #a2ed0c8f

@@ -8,7 +8,7 @@ __all__ = ['Pair', 'Reading', 'read_batch', 'said_of', 'auroc', 'calibration', '
            'matches', 'token_f1', 'write_answers', 'plans', 'written', 'choose_answers', 'evaluate_questions',
            'evaluate', 'HarnessModel', 'register_harness']
 
-# %% ../../nbs/53_evaluate.ipynb #7548e437
+# %% ../../nbs/53_evaluate.ipynb #5adb11da
 import importlib
 import math
 import sys
@@ -30,7 +30,7 @@ from ..data.reasoning import Question, continuation, encode, final_answer, find_
 from ..data.serving import Rows, TextData, batch_of, permutation
 from ..data.text import NAMED, TextTokenizer, count_characters, find_source, say
 from .generate import Generator, at_rest, load_generator
-from ..models.products import fast_products
+from ..products import fast_products
 from ..noise import Keys
 from ..thinking.verify import energies_after, think
 from ..training.module import EnergyLanguageModule, LanguageModule

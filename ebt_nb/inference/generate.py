@@ -7,7 +7,7 @@ __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 
            'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'Generator', 'padded',
            'with_settings', 'load_generator', 'generate']
 
-# %% ../../nbs/50_generate.ipynb #39fe1eb3
+# %% ../../nbs/50_generate.ipynb #3d0168bb
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, Inference, RunConfig, WorkbenchError, changed, keys, nearest, parse_overrides
 from ..data.text import TextTokenizer, load_tokenizer
 from ..models.layers import Context
-from ..models.products import Copies, packed
+from ..products import Copies, packed
 from ..noise import Keys
 from ..thinking.verify import think
 from ..training.module import EnergyLanguageModule, LanguageModule, check_tokenizer, load_module

@@ -19,7 +19,7 @@ from ..config import Conditioning
 from .layers import Block, Context, KeyValue, RMSNorm, follow, grow, normalise, rotary_angles, with_room
 from .transformer import initialise
 
-# %% ../../nbs/12_energy.ipynb #2ea25078
+# %% ../../nbs/12_energy.ipynb #cb473df4
 class EnergyTransformer(nn.Module):
     """Autoregressive energy-based transformer (arXiv 2507.02092, section 3).
 
@@ -75,10 +75,11 @@ class EnergyTransformer(nn.Module):
         if self.conditioning == "time_embed": x = torch.cat((step.expand(len(x), 1, -1), x), 1)
         angles = rotary_angles(torch.arange(x.shape[1], device=x.device), self.head_width, self.rope_base, x.dtype)
         kept = []
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x, key_value = block.observed(x, angles, step)
             kept.append(key_value)
-        return kept
+        return [*kept, last.key_value(x, angles, step)]               # what the last layer would make of the observed stream, nobody reads
 
     @torch.no_grad()
     def extend(self, context: Context, tokens: Int[Tensor, "batch"]) -> None:
@@ -106,12 +107,12 @@ class EnergyTransformer(nn.Module):
         """
         return self._scored(embedded, context, landscape)[0]
 
-    @torch.no_grad()
-    def energy_and_force(self, embedded: Float[Tensor, "*samples batch cand width"], context: Context, landscape: int) -> tuple[Float[Tensor, "*samples batch cand"], Float[Tensor, "*samples batch cand width"]]:
-        "Energies as `energy` says them, and the gradient of each with respect to its candidate; neither has a graph. Raises ValueError as `energy` does."
-        energies, force = self._scored(embedded, context, landscape)
-        force = force()
-        torch.clear_autocast_cache()               # before torch 2.10, copies of weights cast here would serve training too, which needs them with a graph
+    def energy_and_force(self, embedded: Float[Tensor, "*samples batch cand width"], context: Context, landscape: int, differentiable: bool = False) -> tuple[Float[Tensor, "*samples batch cand"], Float[Tensor, "*samples batch cand width"]]:
+        "Energies as `energy` says them, and the gradient of each with respect to its candidate; both have a graph if `differentiable`, else none. Raises ValueError as `energy` does."
+        with torch.set_grad_enabled(differentiable):
+            energies, force = self._scored(embedded, context, landscape)
+            force = force()
+        if not differentiable: torch.clear_autocast_cache()           # before torch 2.10, copies of weights cast here would serve training too, which needs them with a graph
         return energies, force
 
     def given(self, context: Context) -> "Given":
@@ -145,7 +146,7 @@ class EnergyTransformer(nn.Module):
     def _step(self, landscape: int | None) -> Float[Tensor, "width"] | None:
         return None if landscape is None or self.step_embedding is None else self.step_embedding.weight[landscape]
 
-# %% ../../nbs/12_energy.ipynb #b8d757a5
+# %% ../../nbs/12_energy.ipynb #cb231bec
 @dataclass(frozen=True)
 class Given:
     "A model's energy of candidates, given what was observed: what a descent goes down, with or without autograd."
@@ -156,9 +157,9 @@ class Given:
         "Energies, which can be differentiated."
         return self.model.energy(embedded, self.context, landscape)
 
-    def with_force(self, embedded: Float[Tensor, "*samples batch cand width"], landscape: int) -> tuple[Float[Tensor, "*samples batch cand"], Float[Tensor, "*samples batch cand width"]]:
-        "Energies and forces without a graph."
-        return self.model.energy_and_force(embedded, self.context, landscape)
+    def with_force(self, embedded: Float[Tensor, "*samples batch cand width"], landscape: int, differentiable: bool = False) -> tuple[Float[Tensor, "*samples batch cand"], Float[Tensor, "*samples batch cand width"]]:
+        "Energies and forces, with a graph of both or without."
+        return self.model.energy_and_force(embedded, self.context, landscape, differentiable)
 
 # %% ../../nbs/12_energy.ipynb #6defee24
 @torch.no_grad()

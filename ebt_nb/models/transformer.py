@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Transformer', 'initialise']
 
-# %% ../../nbs/11_transformer.ipynb #6651f583
+# %% ../../nbs/11_transformer.ipynb #45e76936
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .products import linear
+from ..products import linear
 from .layers import Block, Context, RMSNorm, follow, grow, rotary_angles, with_room
 
 # %% ../../nbs/11_transformer.ipynb #490fc7f0

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Energy', 'Trace', 'energy_and_force', 'DivergenceError', 'check_finite', 'largest_curvature', 'Descent', 'expand']
 
-# %% ../../nbs/21_descent.ipynb #e1e9f7f0
-from collections.abc import Callable
+# %% ../../nbs/21_descent.ipynb #a7bba9e6
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from ..config import Thinking, WorkbenchError
 from ..noise import Keys
 from .spaces import Space, State
 
-# %% ../../nbs/21_descent.ipynb #8e0024a6
+# %% ../../nbs/21_descent.ipynb #6c787336
 @dataclass
 class Trace:
     """What a descent leaves behind, step by step.
@@ -42,16 +42,22 @@ class Trace:
         "How many moves each candidate made."
         return torch.stack(self.accepted).sum(0)
 
+    @classmethod
+    def join(cls, traces: Sequence["Trace"]) -> "Trace":
+        "The trace of all rows from those of some, which visited the same landscapes and went on for the same number of steps."
+        def joined(lists): return [torch.cat(parts) for parts in zip(*lists, strict=True)]
+        return traces[0] if len(traces) == 1 else cls(*(joined([getattr(trace, name) for trace in traces]) for name in ("candidates", "energies", "force_norms")), traces[0].landscapes, joined([trace.accepted for trace in traces]))
+
     def detach(self) -> "Trace":
         "The same figures without their graph."
         return replace(self, candidates=[c.detach() for c in self.candidates], energies=[e.detach() for e in self.energies])
 
-# %% ../../nbs/21_descent.ipynb #4b86f3e8
+# %% ../../nbs/21_descent.ipynb #5e1edd79
 Energy = Callable[[Tensor, int], Tensor]
 
 def energy_and_force(energy: Energy, embedded: Float[Tensor, "*batch width"], landscape: int, differentiable: bool) -> tuple[Float[Tensor, "*scored"], Float[Tensor, "*batch width"]]:
-    "Energies of embedded candidates and the gradient of their sum; both stay in the graph if `differentiable`, else the energy's own `with_force(embedded, landscape)` is used where it has one."
-    if not differentiable and hasattr(energy, "with_force"): return energy.with_force(embedded, landscape)
+    "Energies of embedded candidates and the gradient of their sum; both stay in the graph if `differentiable`. From the energy's own `with_force(embedded, landscape, differentiable)` where it has one, else by autograd."
+    if hasattr(energy, "with_force"): return energy.with_force(embedded, landscape, differentiable)
     with torch.enable_grad():
         if not differentiable: embedded = embedded.detach()
         if not embedded.requires_grad: embedded = embedded.requires_grad_()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'chunks', 'score', 'Update', 'update', 'Gradients', 'accumulate', 'residual', 'product_format', 'Scored',
-           'move_and_score']
+           'move_and_score', 'embed_into']
 
 # %% ../../nbs/24_scoring.ipynb #18cd9799
 from collections.abc import Iterator
@@ -55,12 +55,12 @@ def update(value: Float[Tensor, "rows vocab"], force: Float[Tensor, "rows width"
         u = torch.minimum(torch.maximum(u, -bound), bound)
     return Update(u, share, centred, slope, cut)
 
-# %% ../../nbs/24_scoring.ipynb #8894205e
+# %% ../../nbs/24_scoring.ipynb #d83ab7ae
 class Gradients:
     "Sums of gradients over chunks, for those of `value`, `force`, `table`, `step_size` and `bound` that are wanted (None for the others)."
-    def __init__(self, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], table: Float[Tensor, "vocab width"], constant: bool):
+    def __init__(self, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], table: Float[Tensor, "vocab width"], constant: bool, into: Float[Tensor, "vocab width"] | None):
         self.inputs, self.table, self.constant = inputs, table, constant     # the table in the format of products
-        self.sums = [torch.zeros_like(t) if w else None for t, w in zip(inputs, wanted)]
+        self.sums = [into if into is not None and t is inputs[2] else torch.zeros_like(t) if w else None for t, w in zip(inputs, wanted)]
 
     def add(self, rows: slice, made: Update, moved: Float[Tensor, "rows vocab"]) -> None:
         "Pull gradients with respect to moved candidates (which are overwritten) through a chunk."
@@ -93,14 +93,15 @@ def accumulate(total: Float[Tensor, "vocab width"], left: Float[Tensor, "rows vo
     if left.dtype == total.dtype: total.addmm_(left.T, right)
     else: total += left.T @ right.to(left.dtype)
 
-# %% ../../nbs/24_scoring.ipynb #fe1fefc6
+# %% ../../nbs/24_scoring.ipynb #f276b973
 class _MoveAndScore(torch.autograd.Function):
     "The inputs of `move_and_score`, positions in rows. `through`: whether the moved candidate can be differentiated."
     @staticmethod
-    def forward(ctx, value, force, table, step_size, bound, targets, weights, rule, smoothing, constant, through):
+    def forward(ctx, value, force, table, step_size, bound, targets, weights, rule, smoothing, constant, through, into):
         wanted = ctx.needs_input_grad[:5]
         product = table.to(product_format(force))
-        gradients = Gradients((value, force, table, step_size, bound), wanted, product, constant) if any(wanted) and weights is not None and not through else None
+        if not wanted[2]: into = None
+        gradients = Gradients((value, force, table, step_size, bound), wanted, product, constant, into) if any(wanted) and weights is not None and not through else None
         moved, nats = torch.empty_like(value), value.new_zeros(len(value))
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
@@ -110,22 +111,23 @@ class _MoveAndScore(torch.autograd.Function):
         if through: ctx.save_for_backward(value, force, table, step_size, bound, targets, weights, moved)
         else: ctx.mark_non_differentiable(moved)
         ctx.mark_non_differentiable(nats)
-        ctx.gradients, ctx.settings = gradients, (rule, smoothing, constant, wanted)
+        ctx.gradients, ctx.settings = gradients, (rule, smoothing, constant, wanted, into)
         return moved, (nats * weights).sum() if weights is not None else nats.new_zeros(()), nats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, to_moved, to_loss, _):
-        if ctx.gradients is not None: return *(None if g is None else g * to_loss for g in ctx.gradients.sums), *[None] * 6
+        rule, smoothing, constant, wanted, into = ctx.settings
+        def handed(sums): return *(None if g is None or g is into else g for g in sums), *[None] * 7
+        if ctx.gradients is not None: return handed([None if g is None else g if g is into or (to_loss.is_cpu and to_loss == 1) else g * to_loss for g in ctx.gradients.sums])
         value, force, table, step_size, bound, targets, weights, moved = ctx.saved_tensors
-        rule, smoothing, constant, wanted = ctx.settings
         product = table.to(product_format(force))
-        gradients = Gradients((value, force, table, step_size, bound), wanted, product, constant)
+        gradients = Gradients((value, force, table, step_size, bound), wanted, product, constant, into)
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
             r = torch.zeros_like(moved[rows]) if weights is None else residual(moved[rows].softmax(-1), targets[rows], weights[rows] * to_loss, smoothing)
             gradients.add(rows, made, r.add_(to_moved[rows]))
-        return *gradients.sums, *[None] * 6
+        return handed(gradients.sums)
 
 def residual(share: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], weights: Float[Tensor, "rows"], smoothing: float) -> Float[Tensor, "rows vocab"]:
     "The weighted gradient of cross-entropy, written over the softmax."
@@ -137,7 +139,7 @@ def product_format(x: Tensor) -> torch.dtype:
     "The format products are computed in: autocast's where it is on."
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
-# %% ../../nbs/24_scoring.ipynb #0b01807c
+# %% ../../nbs/24_scoring.ipynb #e94f427f
 class Scored(NamedTuple):
     "A moved candidate, the weighted sum of its losses, and the loss of each position (nats, without graph; 0 where the target is IGNORE)."
     moved: Float[Tensor, "*batch vocab"]
@@ -145,10 +147,12 @@ class Scored(NamedTuple):
     nats: Float[Tensor, "*batch"]
 
 def move_and_score(space: TokenSpace, state: State, force: Float[Tensor, "*batch width"], step_size: Float[Tensor, "..."], bound: Float[Tensor, ""] | None, constant: bool,
-                   targets: Int[Tensor, "*batch"], weights: Float[Tensor, "*batch"] | None, smoothing: float = 0.0, through: bool = False) -> Scored:
+                   targets: Int[Tensor, "*batch"], weights: Float[Tensor, "*batch"] | None, smoothing: float = 0.0, through: bool = False,
+                   into: Float[Tensor, "vocab width"] | None = None) -> Scored:
     """`space.move`, and the cross-entropy of what it makes: the loss is the sum over positions, each times its weight (with None it is 0, and nothing is differentiated but, `through` it, the moved candidate).
 
     The moved candidate is a constant unless `through`. Equal to plain operations up to rounding, whatever the rule and the bound; `constant` as in `space.move`.
+    With `into`, the gradient of the loss with respect to the table is added there instead of being returned by autograd: one that is to be differentiated once, by itself or as a term of a sum.
     """
     value, table = state.value, space.table
     width, batch = value.shape[-1], value.shape[:-1]
@@ -156,5 +160,30 @@ def move_and_score(space: TokenSpace, state: State, force: Float[Tensor, "*batch
     if constant: force, table = force.detach(), table.detach()
     if bound is not None: bound = bound.to(value.dtype)
     moved, loss, nats = _MoveAndScore.apply(value.reshape(-1, width), force.reshape(-1, force.shape[-1]), table, step_size, bound, targets.reshape(-1),
-                                            None if weights is None else weights.reshape(-1).to(value.dtype), space.rule, smoothing, constant, through)
+                                            None if weights is None else weights.reshape(-1).to(value.dtype), space.rule, smoothing, constant, through, into)
     return Scored(moved.view_as(value), loss, nats.view(batch))
+
+# %% ../../nbs/24_scoring.ipynb #229eea2b
+class _Embed(torch.autograd.Function):
+    "The average row of the table, whose gradient is added to `into`."
+    @staticmethod
+    def forward(ctx, share, table, into):
+        ctx.save_for_backward(share, table)
+        ctx.into = into
+        product = table.to(product_format(share))
+        embedded = share.new_empty(len(share), table.shape[1], dtype=product.dtype)
+        for rows in chunks(*share.shape): torch.mm(share[rows].to(product.dtype), product, out=embedded[rows])
+        return embedded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        share, table = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            for rows in chunks(*share.shape): accumulate(ctx.into, share[rows].to(gradient.dtype), gradient[rows])
+        return (gradient @ table.T.to(gradient.dtype)).to(share.dtype) if ctx.needs_input_grad[0] else None, None, None
+
+def embed_into(space: TokenSpace, state: State, into: Float[Tensor, "vocab width"]) -> Float[Tensor, "*batch width"]:
+    "`space.embed`, whose gradient with respect to the table is added to `into` instead of being returned by autograd."
+    share = state.value.softmax(-1) if space.rule == "logits" else state.value
+    return _Embed.apply(share.flatten(0, -2), space.table, into).unflatten(0, share.shape[:-1])

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['State', 'Space', 'step_against', 'first_candidate', 'TokenSpace', 'ContinuousSpace']
 
-# %% ../../nbs/20_spaces.ipynb #32afd5d1
+# %% ../../nbs/20_spaces.ipynb #26c4f1f6
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..models.products import linear, pull_linear
+from ..products import linear, pull_linear
 from ..noise import Keys
 
 # %% ../../nbs/20_spaces.ipynb #4a1ebc2b

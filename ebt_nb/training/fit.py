@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
            'introduce', 'readable', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #dc08fd18
+# %% ../../nbs/44_fit.ipynb #91443200
 import contextlib
 import math
 import tempfile
@@ -23,7 +23,7 @@ from torch import nn
 
 from ..config import ConfigError, RunConfig, WorkbenchError, keys
 from ..data.serving import TextData
-from ..models.products import fast_products
+from ..products import fast_products
 from ..runs import MetricsFile, Run, RunError, find_checkpoint, write_atomically
 from ..thinking.replay import bytes_of
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,

@@ -168,7 +168,7 @@ def figures(outcome: Outcome, prefix: str) -> dict[str, Float[Tensor, ""]]:
     if outcome.contrastive is not None: named["contrastive"] = outcome.contrastive
     return {f"{prefix}/{name}": value.detach() for name, value in named.items()}
 
-# %% ../../nbs/42_module.ipynb #b3b73dc8
+# %% ../../nbs/42_module.ipynb #98e1e4fc
 class EnergyLanguageModule(LanguageModule):
     "Trains an energy-based transformer; `descent` holds alpha, `space` borrows the model's candidate table."
     def __init__(self, config: RunConfig, model: EnergyTransformer):
@@ -199,7 +199,7 @@ class EnergyLanguageModule(LanguageModule):
             dtype, theirs = self.model.energy_head.weight.dtype, self.keys(old, micro_step).at("replay")
             start = torch.cat((self.space.start(keys, dtype), old["candidate"].to(dtype)))
             keys, batch = Keys(torch.cat((keys.first, theirs.first)), torch.cat((keys.second, theirs.second))), {name: torch.cat((fresh[name], old[name])) for name in fresh}
-        outcome = energy_objective(self.model, self.space, self.descent, batch["inputs"], batch["targets"], keys, self.config.objective, visits, start=start)
+        outcome = energy_objective(self.model, self.space, self.descent, batch["inputs"], batch["targets"], keys, self.config.objective, visits, start=start, rows=self.config.trainer.rows_at_once, keep="none" if self.replay is None else "last")
         if self.replay is not None: self.replay.push(**fresh, candidate=outcome.trace.prediction[: len(fresh["index"])].detach())
         return outcome
 
