@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'chunks', 'score', 'Update', 'update', 'Gradients', 'accumulate', 'residual', 'product_format', 'Scored',
-           'move_and_score', 'embed_into']
+           'move_and_score', 'score_next', 'embed_into']
 
 # %% ../../nbs/24_scoring.ipynb #18cd9799
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..config import IGNORE
 from .spaces import State, TokenSpace
 
-# %% ../../nbs/24_scoring.ipynb #4fa1676c
-CHUNK = 2**23                # numbers of a chunk: 32 MB in float32
+# %% ../../nbs/24_scoring.ipynb #84f0e03d
+CHUNK = 2**24                # numbers of a chunk: 64 MB in float32
 
 def chunks(rows: int, width: int) -> Iterator[slice]:
     "Slices of rows, each about `CHUNK` numbers of this width."
@@ -34,10 +34,10 @@ def score(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], smo
     if smoothing: nats -= smoothing * logits.mean(-1)
     return nats.masked_fill(targets == IGNORE, 0), share
 
-# %% ../../nbs/24_scoring.ipynb #a72c1a7c
+# %% ../../nbs/24_scoring.ipynb #2108500a
 class Update(NamedTuple):
     "What candidates are moved by, and what its derivative needs: under `logits` shares and centred slopes, with a bound what was cut off."
-    u: Float[Tensor, "rows vocab"]
+    u: Float[Tensor, "rows vocab"] | None
     share: Float[Tensor, "rows vocab"] | None
     centred: Float[Tensor, "rows vocab"] | None
     slope: Float[Tensor, "rows vocab"] | None
@@ -93,7 +93,7 @@ def accumulate(total: Float[Tensor, "vocab width"], left: Float[Tensor, "rows vo
     if left.dtype == total.dtype: total.addmm_(left.T, right)
     else: total += left.T @ right.to(left.dtype)
 
-# %% ../../nbs/24_scoring.ipynb #f276b973
+# %% ../../nbs/24_scoring.ipynb #971b66df
 class _MoveAndScore(torch.autograd.Function):
     "The inputs of `move_and_score`, positions in rows. `through`: whether the moved candidate can be differentiated."
     @staticmethod
@@ -106,6 +106,7 @@ class _MoveAndScore(torch.autograd.Function):
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
             y = torch.addcmul(value[rows], made.u, step_size[rows], value=-1, out=moved[rows])
+            if made.share is None and made.cut is None: made = made._replace(u=None)                # not needed any more, and large
             nats[rows], share = score(y, targets[rows], smoothing)
             if gradients is not None: gradients.add(rows, made, residual(share, targets[rows], weights[rows], smoothing))
         if through: ctx.save_for_backward(value, force, table, step_size, bound, targets, weights, moved)
@@ -162,6 +163,30 @@ def move_and_score(space: TokenSpace, state: State, force: Float[Tensor, "*batch
     moved, loss, nats = _MoveAndScore.apply(value.reshape(-1, width), force.reshape(-1, force.shape[-1]), table, step_size, bound, targets.reshape(-1),
                                             None if weights is None else weights.reshape(-1).to(value.dtype), space.rule, smoothing, constant, through, into)
     return Scored(moved.view_as(value), loss, nats.view(batch))
+
+# %% ../../nbs/24_scoring.ipynb #6296423f
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, table, targets, weights, smoothing):
+        wanted, product = ctx.needs_input_grad[:2], table.to(product_format(hidden))
+        gradients = Gradients((None, hidden, table, hidden.new_full((len(hidden), 1), -1.0), None), (False, *wanted, False, False), product, False, None)
+        nats = hidden.new_zeros(len(hidden), dtype=weights.dtype)
+        for rows in chunks(len(hidden), len(table)):
+            nats[rows], share = score((hidden[rows].to(product.dtype) @ product.T).to(weights.dtype), targets[rows], smoothing)
+            if any(wanted): gradients.add(rows, Update(None, None, None, None, None), residual(share, targets[rows], weights[rows], smoothing))
+        ctx.gradients = gradients.sums[1:3]
+        ctx.mark_non_differentiable(nats)
+        return (nats * weights).sum(), nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, to_loss, _):
+        return *(None if g is None else g if to_loss.is_cpu and to_loss == 1 else g * to_loss for g in ctx.gradients), None, None, None
+
+def score_next(hidden: Float[Tensor, "*batch width"], table: Float[Tensor, "vocab width"], targets: Int[Tensor, "*batch"], weights: Float[Tensor, "*batch"], smoothing: float = 0.0) -> tuple[Float[Tensor, ""], Float[Tensor, "*batch"]]:
+    "Weighted cross-entropy of the logits h W^T, and that of each position (nats, without graph), from final states; no logits are kept."
+    loss, nats = _Score.apply(hidden.flatten(0, -2), table, targets.flatten(), weights.flatten(), smoothing)
+    return loss, nats.view(targets.shape)
 
 # %% ../../nbs/24_scoring.ipynb #229eea2b
 class _Embed(torch.autograd.Function):

@@ -6,7 +6,7 @@
 __all__ = ['Keep', 'cross_entropy', 'Outcome', 'Scorer', 'Differentiated', 'energy_objective', 'rows_at_once', 'counted',
            'contrast', 'mean_nats', 'feed_forward_objective']
 
-# %% ../../nbs/40_objectives.ipynb #94ef55a1
+# %% ../../nbs/40_objectives.ipynb #c5d869fe
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +21,7 @@ from ..models.energy import EnergyTransformer
 from ..models.transformer import Transformer
 from ..noise import Keys
 from ..thinking.descent import Descent, Energy, Trace
-from ..thinking.scoring import chunks, embed_into, move_and_score, score
+from ..thinking.scoring import chunks, embed_into, move_and_score, score, score_next
 from ..thinking.spaces import State, TokenSpace
 from ..thinking.verify import think
 
@@ -197,8 +197,9 @@ def mean_nats(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "ba
     rows, flat = logits.flatten(0, 1), targets.flatten()
     return sum(score(rows[few], flat[few], label_smoothing)[0].sum() for few in chunks(*rows.shape)) / counted(targets)
 
-# %% ../../nbs/40_objectives.ipynb #b8343c1e
+# %% ../../nbs/40_objectives.ipynb #3d238fb8
 def feed_forward_objective(model: Transformer, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], objective: Objective) -> Outcome:
     "The baseline's cross-entropy."
-    loss = cross_entropy(model(inputs), targets, objective.label_smoothing)
+    hidden, table = model.hidden(inputs), model.output_head.weight
+    loss, _ = score_next(hidden, table, targets, (targets != IGNORE).to(table.dtype) / counted(targets), objective.label_smoothing)
     return Outcome(loss, [loss.detach()])
