@@ -124,7 +124,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #80756891
+# %% ../nbs/00_config.ipynb #2244b4fd
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -168,6 +168,7 @@ class Trainer(Section):
     nodes: int = Field(1, ge=1, description="nodes")
     threads: int = Field(0, ge=0, description="CPU threads of the process; 0 leaves torch's choice")
     fast_products: bool = Field(True, description="let oneDNN multiply float32 where it is exact and torch's default is slow (AMD processors)")
+    keep_memory: bool = Field(True, description="on a CPU under Linux, keep memory once used instead of returning it after every operation; faster, and held until training ends")
     rows_at_once: int | None = Field(None, ge=1, description="EBT: sequences that a training step goes through at a time, to save memory; null chooses (all on a GPU)")
     val_every: int = Field(1000, ge=1, description="updates between validations")
     val_batches: int = Field(50, ge=1, description="validation batches each time")

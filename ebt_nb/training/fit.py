@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
            'introduce', 'readable', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #91443200
+# %% ../../nbs/44_fit.ipynb #8df475c6
 import contextlib
 import math
 import tempfile
@@ -23,6 +23,7 @@ from torch import nn
 
 from ..config import ConfigError, RunConfig, WorkbenchError, keys
 from ..data.serving import TextData
+from ..memory import keep_memory
 from ..products import fast_products
 from ..runs import MetricsFile, Run, RunError, find_checkpoint, write_atomically
 from ..thinking.replay import bytes_of
@@ -134,7 +135,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #9073b3e6
+# %% ../../nbs/44_fit.ipynb #afe5507f
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich") -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -148,7 +149,7 @@ def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, p
     data = TextData(config)
     data.setup("fit")
     checkpoint, step = starting_point(config, run, resume, data)
-    with quiet(), threads(config.trainer.threads), fast_products(config.trainer.fast_products):
+    with quiet(), threads(config.trainer.threads), fast_products(config.trainer.fast_products), keep_memory(config.trainer.keep_memory):
         trainer = build_trainer(config, Path(), [])          # what this machine cannot do is refused before a folder is made
         module = build_module(config)
         if config.model.weights and checkpoint is None: start_from(module, find_checkpoint(config.model.weights, config.run.runs_dir), data.tokenizer)
