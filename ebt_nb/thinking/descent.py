@@ -94,7 +94,7 @@ def largest_curvature(energy: Energy, space: Space, state: State, landscape: int
             product, = torch.autograd.grad(gradient, value, direction, retain_graph=True)
     return norm(product).reshape(energies.shape)
 
-# %% ../../nbs/21_descent.ipynb #1f75ddd4
+# %% ../../nbs/21_descent.ipynb #d744188a
 class Descent(nn.Module):
     "The optimisation loop under a `Thinking` policy, with the step size alpha as its parameter. Random step sizes apply in training mode only, what the policy calls `infer_...` and early stops outside it."
     def __init__(self, policy: Thinking):
@@ -131,7 +131,7 @@ class Descent(nn.Module):
                 differentiable: bool = True, keep: bool = True, dtype: torch.dtype = torch.float32) -> Trace:
         """Descend from `start` (if None, from the space's own, of format `dtype`). `energy(embedded, landscape)` scores embedded candidates; `keys` feed starts, noise and random step sizes.
 
-        With `differentiable` the trace can be differentiated as the policy says; without, nothing is kept for that. Unless asked to `keep` them, the trace holds no candidates but the last.
+        With `differentiable` the trace can be differentiated as the policy says; without, nothing is kept for that. Unless asked to `keep` them, the trace holds no candidates but the last, nor graphs of energies but the last.
         Raises DivergenceError where an energy or its gradient is not finite.
         """
         policy, visits = self.policy, self.schedule() if visits is None else visits
@@ -145,6 +145,7 @@ class Descent(nn.Module):
         for k, landscape in enumerate(visits):
             constant = not differentiable or (policy.truncate and k < len(visits) - 1)
             if policy.detach or not differentiable: candidate = candidate.detach()
+            if not keep and trace.energies: trace.energies[-1] = trace.energies[-1].detach()      # only the last ones are of further use
             std, alpha = self.noise(k), self.alpha(landscape)
             state = space.enter(candidate, keys.at("langevin", k).normal(space.noise_width, dtype).mul_(std) if std else None)
             if early_stop is None and not only_lower: candidate = None         # not needed any more, and large

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..config import IGNORE
 from .spaces import State, TokenSpace
 
-# %% ../../nbs/24_scoring.ipynb #84f0e03d
+# %% ../../nbs/24_scoring.ipynb #3e75882d
 CHUNK = 2**24                # numbers of a chunk: 64 MB in float32
 
-def chunks(rows: int, width: int) -> Iterator[slice]:
-    "Slices of rows, each about `CHUNK` numbers of this width."
-    size = max(1, CHUNK // width)
+def chunks(rows: int, width: int, numbers: int | None = None) -> Iterator[slice]:
+    "Slices of rows, each about `numbers` (by default `CHUNK`) numbers of this width."
+    size = max(1, (numbers or CHUNK) // width)
     for begin in range(0, rows, size): yield slice(begin, min(begin + size, rows))
 
 def score(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], smoothing: float = 0.0) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows vocab"]]:
@@ -93,16 +93,16 @@ def accumulate(total: Float[Tensor, "vocab width"], left: Float[Tensor, "rows vo
     if left.dtype == total.dtype: total.addmm_(left.T, right)
     else: total += left.T @ right.to(left.dtype)
 
-# %% ../../nbs/24_scoring.ipynb #971b66df
+# %% ../../nbs/24_scoring.ipynb #ea2144d7
 class _MoveAndScore(torch.autograd.Function):
     "The inputs of `move_and_score`, positions in rows. `through`: whether the moved candidate can be differentiated."
     @staticmethod
-    def forward(ctx, value, force, table, step_size, bound, targets, weights, rule, smoothing, constant, through, into):
+    def forward(ctx, value, force, table, step_size, bound, targets, weights, rule, smoothing, constant, through, into, out):
         wanted = ctx.needs_input_grad[:5]
         product = table.to(product_format(force))
         if not wanted[2]: into = None
         gradients = Gradients((value, force, table, step_size, bound), wanted, product, constant, into) if any(wanted) and weights is not None and not through else None
-        moved, nats = torch.empty_like(value), value.new_zeros(len(value))
+        moved, nats = torch.empty_like(value) if out is None else out[0], value.new_zeros(len(value))
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
             y = torch.addcmul(value[rows], made.u, step_size[rows], value=-1, out=moved[rows])
@@ -119,7 +119,7 @@ class _MoveAndScore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, to_moved, to_loss, _):
         rule, smoothing, constant, wanted, into = ctx.settings
-        def handed(sums): return *(None if g is None or g is into else g for g in sums), *[None] * 7
+        def handed(sums): return *(None if g is None or g is into else g for g in sums), *[None] * 8
         if ctx.gradients is not None: return handed([None if g is None else g if g is into or (to_loss.is_cpu and to_loss == 1) else g * to_loss for g in ctx.gradients.sums])
         value, force, table, step_size, bound, targets, weights, moved = ctx.saved_tensors
         product = table.to(product_format(force))
@@ -140,7 +140,7 @@ def product_format(x: Tensor) -> torch.dtype:
     "The format products are computed in: autocast's where it is on."
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
-# %% ../../nbs/24_scoring.ipynb #e94f427f
+# %% ../../nbs/24_scoring.ipynb #11a2082f
 class Scored(NamedTuple):
     "A moved candidate, the weighted sum of its losses, and the loss of each position (nats, without graph; 0 where the target is IGNORE)."
     moved: Float[Tensor, "*batch vocab"]
@@ -149,10 +149,11 @@ class Scored(NamedTuple):
 
 def move_and_score(space: TokenSpace, state: State, force: Float[Tensor, "*batch width"], step_size: Float[Tensor, "..."], bound: Float[Tensor, ""] | None, constant: bool,
                    targets: Int[Tensor, "*batch"], weights: Float[Tensor, "*batch"] | None, smoothing: float = 0.0, through: bool = False,
-                   into: Float[Tensor, "vocab width"] | None = None) -> Scored:
+                   into: Float[Tensor, "vocab width"] | None = None, out: Float[Tensor, "*batch vocab"] | None = None) -> Scored:
     """`space.move`, and the cross-entropy of what it makes: the loss is the sum over positions, each times its weight (with None it is 0, and nothing is differentiated but, `through` it, the moved candidate).
 
     The moved candidate is a constant unless `through`. Equal to plain operations up to rounding, whatever the rule and the bound; `constant` as in `space.move`.
+    The moved candidate is written to `out`, if that is given: memory that is not needed any more.
     With `into`, the gradient of the loss with respect to the table is added there instead of being returned by autograd: one that is to be differentiated once, by itself or as a term of a sum.
     """
     value, table = state.value, space.table
@@ -161,7 +162,7 @@ def move_and_score(space: TokenSpace, state: State, force: Float[Tensor, "*batch
     if constant: force, table = force.detach(), table.detach()
     if bound is not None: bound = bound.to(value.dtype)
     moved, loss, nats = _MoveAndScore.apply(value.reshape(-1, width), force.reshape(-1, force.shape[-1]), table, step_size, bound, targets.reshape(-1),
-                                            None if weights is None else weights.reshape(-1).to(value.dtype), space.rule, smoothing, constant, through, into)
+                                            None if weights is None else weights.reshape(-1).to(value.dtype), space.rule, smoothing, constant, through, into, None if out is None else [out.reshape(-1, width)])
     return Scored(moved.view_as(value), loss, nats.view(batch))
 
 # %% ../../nbs/24_scoring.ipynb #6296423f

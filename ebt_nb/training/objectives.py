@@ -40,13 +40,14 @@ class Outcome:
     trace: Trace | None = None
     contrastive: Float[Tensor, ""] | None = None
 
-# %% ../../nbs/40_objectives.ipynb #d8cd57c6
+# %% ../../nbs/40_objectives.ipynb #6edd8a4a
 class Scorer:
     """A token space whose moves are scored as they are made. Before a detached step begins, and when all is over (`settle`), what is owed is handed to `differentiate`.
 
-    Gradients with respect to the table, from wherever it is met, are added to `table_sum`.
+    Gradients with respect to the table, from wherever it is met, are added to `table_sum`. With `reuse`, detached steps write over candidates that are not needed any more: two take turns, however many steps there are.
     """
-    def __init__(self, space: TokenSpace, targets: Int[Tensor, "batch seq"], count: Int[Tensor, ""], objective: Objective, steps: int, detached: bool, differentiate: Callable[[Tensor], None], table_sum: Float[Tensor, "vocab width"] | None):
+    def __init__(self, space: TokenSpace, targets: Int[Tensor, "batch seq"], count: Int[Tensor, ""], objective: Objective, steps: int, detached: bool, differentiate: Callable[[Tensor], None], table_sum: Float[Tensor, "vocab width"] | None, reuse: bool):
+        self.reuse, self.spare = reuse and detached, None
         self.space, self.targets, self.count, self.objective, self.steps, self.detached, self.differentiate, self.table_sum = space, targets, count, objective, steps, detached, differentiate, table_sum
         self.weights = (targets != IGNORE).to(space.table.dtype) / (count * (steps if objective.steps == "mean" else 1))       # a loss is a mean over `count` targets
         self.noise_width, self.start = space.noise_width, space.start
@@ -56,7 +57,11 @@ class Scorer:
     def enter(self, candidate: Float[Tensor, "batch seq vocab"], noise: Float[Tensor, "batch seq vocab"] | None = None) -> State:
         "As the space does, when what came before is settled."
         if self.detached: self.settle()
-        return self.space.enter(candidate, noise)
+        if not self.reuse or not self.step_losses: return self.space.enter(candidate, noise)          # the first candidate may be somebody's
+        rows = candidate.flatten(0, -2) if noise is None else candidate.add_(noise).flatten(0, -2)
+        if self.space.rule == "probabilities":
+            for few in chunks(*rows.shape, 2**21): rows[few] = rows[few].softmax(-1)
+        return State(candidate)
 
     def embed(self, state: State) -> Float[Tensor, "batch seq width"]:
         "As the space does; the table's gradient is added to the sum, unless it is the candidate by which somebody differentiates (`largest_curvature`)."
@@ -68,7 +73,8 @@ class Scorer:
         "As the space does; what it costs is owed."
         last = len(self.step_losses) == self.steps - 1
         learns = last or self.objective.steps == "mean"
-        scored = move_and_score(self.space, state, force, step_size, bound, constant, self.targets, self.weights if learns else None, self.objective.label_smoothing, through=not self.detached and not last, into=self.table_sum)
+        scored = move_and_score(self.space, state, force, step_size, bound, constant, self.targets, self.weights if learns else None, self.objective.label_smoothing, through=not self.detached and not last, into=self.table_sum, out=self.spare)
+        if self.reuse and (self.step_losses or self.space.rule == "probabilities"): self.spare = state.value
         self.step_losses.append(scored.nats.sum() / self.count)
         if learns: self.owed = scored.loss if self.owed is None else self.owed + scored.loss
         return scored.moved
@@ -124,7 +130,7 @@ class _Learned(torch.autograd.Function):
         as_they_are = to_loss.is_cpu and to_loss == 1
         return None, *(g if g is None or as_they_are else g * to_loss for g in gradients)
 
-# %% ../../nbs/40_objectives.ipynb #fece1ebc
+# %% ../../nbs/40_objectives.ipynb #cac3163a
 Keep = Literal["none", "last", "all"]
 
 def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Descent, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"],
@@ -182,7 +188,7 @@ def _learn_rows(model: EnergyTransformer, space: TokenSpace, descent: Descent, i
     context, whole, leaves = model.observe(inputs).cut()
     whole, leaves = ([t for t in ts if t.requires_grad] for ts in (whole, leaves))
     energy, asked = model.given(context), [None] * len(leaves)
-    scorer = Scorer(space, targets, count, objective, len(visits), descent.policy.detach, lambda loss: total.add(loss, leaves, asked), total.sum_of(space.table))
+    scorer = Scorer(space, targets, count, objective, len(visits), descent.policy.detach, lambda loss: total.add(loss, leaves, asked), total.sum_of(space.table), keep != "all")
     trace = descent(energy, scorer, start, keys, visits, keep=keep == "all", dtype=model.energy_head.weight.dtype)
     contrastive = contrast(energy, space, targets, count, trace.energies[-1], model.landscapes - 1) if objective.contrastive else None
     scorer.settle(None if contrastive is None else objective.contrastive * contrastive)
