@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['presets', 'key_lines', 'runs', 'state', 'shown', 'run', 'train', 'generate', 'completion', 'evaluate',
-           'evaluation_lines', 'bench', 'bench_lines', 'lab', 'parser', 'count', 'main']
+           'evaluation_lines', 'bench', 'train_lines', 'memory_line', 'bench_lines', 'lab', 'parser', 'precision',
+           'count', 'main']
 
 # %% ../nbs/80_cli.ipynb #9dd3b322
 import argparse, json, os, sys, time
@@ -115,21 +116,36 @@ def evaluation_lines(found: dict) -> list[str]:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
     return [f"{name.replace('_', ' ')}: {said(value)}" for name, value in found.items() if name != "answers"]
 
-# %% ../nbs/80_cli.ipynb #b38fa24c
+# %% ../nbs/80_cli.ipynb #98abe79b
 def bench(args: argparse.Namespace) -> None:
-    "Measure tokens per second with the cache and without."
+    "Measure generation, training steps, or their memory, for each batch size."
     import torch
-    from ebt_nb.inference.bench import compare, model_to_measure
+    from ebt_nb.inference.bench import compare
+    from ebt_nb.training.cost import Shape, compare_steps, memory_of_step, model_to_measure
     if args.threads: torch.set_num_threads(args.threads)
-    module, results = model_to_measure(args.size, args.vocab, args.context, args.steps, args.conditioning), []
-    for batch in args.batch:
-        results.append(compare(module, batch, args.seconds).summary())
-        if not args.json: print(bench_lines(results[-1]), flush=True)
-    shape = {name: getattr(args, name) for name in ("size", "vocab", "context", "steps", "conditioning")}
+    shape, results = {name: getattr(args, name) for name in ("size", "vocab", "context", "steps", "conditioning")}, []
+    for batch in args.batch or {"generate": [1, 8], "train": [4], "memory": [2, 8]}[args.what]:
+        here = Shape(**shape, batch=batch)
+        if args.what == "generate": found = [compare(model_to_measure(here).eval(), batch, args.seconds).summary()]
+        elif args.what == "train": found = [compare_steps(here, args.precision, args.repeats)]
+        else: found = [memory_of_step(here, kind, precision) for kind in ("ebt", "transformer") for precision in args.precision]
+        for result in found if not args.json else []: print({"generate": bench_lines, "train": train_lines, "memory": memory_line}[args.what](result), flush=True)
+        results += found
     if args.json: print(json.dumps(shape | {"results": results}))
 
+def train_lines(result: dict) -> str:
+    "Training steps in words."
+    over = f" ({result['over_fewest_flops']:.3f} of the fewest possible)" if "over_fewest_flops" in result else ""
+    lines = [f"batch {result['batch']}: {result['ebt_mflop_per_token']:.1f} MFLOP a token{over}, Transformer++ {result['transformer_mflop_per_token']:.1f}; {result['threads']} thread{'s' * (result['threads'] > 1)}"]
+    return "\n".join(lines + [f"  {name}: a step {p['ebt_seconds']:.3g} s, {p['ebt_tokens_per_second']:,.0f} tokens/s, {p['ratio']:.2f} x Transformer++ ({p['transformer_seconds']:.3g} s); {p['ebt_fraction_of_machine']:.0%} of this machine's {p['gflops_of_machine']:.0f} GFLOP/s"
+                              for name, p in result["precisions"].items()])
+
+def memory_line(result: dict) -> str:
+    "A step's memory in words."
+    return f"batch {result['batch']}, {result['kind']}, {result['precision']}: a step grows to {result['peak_growth_bytes'] / 1e9:.2f} GB over weights, gradients and optimiser state"
+
 def bench_lines(result: dict) -> str:
-    "A result in words."
+    "A result of generation in words."
     r = result
     measured = "all positions" if r["uncached_positions_measured"] == r["uncached_positions"] else f"{r['uncached_positions_measured']} of {r['uncached_positions']} positions, others interpolated"
     return (f"batch {r['batch']}: cached {r['cached_tokens_per_second']:.1f} tokens/s; uncached as published {r['uncached_tokens_per_second']:.2f} ({measured}): {r['ratio']:.1f} x, at full context {r['ratio_at_full_context']:.1f} x; "
@@ -145,7 +161,7 @@ def lab(args: argparse.Namespace) -> None:
     folder = checkout if os.path.isdir(checkout) else installed
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])
 
-# %% ../nbs/80_cli.ipynb #e0efba36
+# %% ../nbs/80_cli.ipynb #9c6fbbd2
 def parser() -> argparse.ArgumentParser:
     "The grammar of the command line."
     top = argparse.ArgumentParser(prog="ebt", description="Train energy-based transformers and watch them think.")
@@ -186,15 +202,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs-dir", metavar="DIR", default="runs", help="where to look for runs")
     p.add_argument("--json", action="store_true", help="print figures as JSON")
     p = command("bench", bench, "measure speed on this machine")
-    p.add_argument("what", choices=["generate"], help="generate: tokens per second with the cache and without, on the same texts")
+    p.add_argument("what", choices=["generate", "train", "memory"], help="generate: tokens per second with the cache and without, on the same texts; train: time and arithmetic of a training step, in turn with Transformer++; memory: what a training step takes")
     p.add_argument("--size", choices=list(SIZES), default="xxs", help="model size")
     p.add_argument("--vocab", type=count, default=8192, help="tokens in the vocabulary")
-    p.add_argument("--context", type=count, default=256, help="tokens of context, which the texts fill")
+    p.add_argument("--context", type=count, default=256, help="tokens of context, which texts fill")
     p.add_argument("--steps", type=count, default=2, help="thinking steps")
     p.add_argument("--conditioning", choices=get_args(Conditioning), default="step_embed", help="how the network knows the thinking step")
-    p.add_argument("--batch", type=lambda text: [count(n) for n in text.split(",")], default=[1, 8], metavar="N,N", help="texts at once")
+    p.add_argument("--batch", type=lambda text: [count(n) for n in text.split(",")], metavar="N,N", help="sequences at once (generate: 1,8; train: 4; memory: 2,8)")
     p.add_argument("--threads", type=count, help="CPU threads; torch's choice if left out")
-    p.add_argument("--seconds", type=float, default=120, help="time to spend on uncached predictions, for each batch size")
+    p.add_argument("--seconds", type=float, default=120, help="generate: time to spend on uncached predictions, for each batch size")
+    p.add_argument("--precision", type=lambda text: [precision(name) for name in text.split(",")], default=["32-true"], metavar="P,P", help="train, memory: number formats, of 32-true and bf16-mixed")
+    p.add_argument("--repeats", type=count, default=5, help="train: how often every step is measured")
     p.add_argument("--json", action="store_true", help="print figures as JSON")
     p = command("presets", presets, "list presets, show one, or list the keys that can be set")
     p.add_argument("name", nargs="?", help="preset to show in full")
@@ -206,6 +224,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs-dir", metavar="DIR", default="runs", help="where to look")
     command("lab", lab, "open JupyterLab on the notebooks; further options are handed on to it")
     return top
+
+def precision(text: str) -> str:
+    "A number format that steps are measured in."
+    if text not in (known := ("32-true", "bf16-mixed")): raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+    return text
 
 def count(text: str) -> int:
     "A whole number of at least 1, for argparse."

@@ -116,7 +116,14 @@ def test_bench_prints_what_was_measured(tmp_path):
     for batch, result in zip((1, 3), measured["results"]):
         assert result["batch"] == batch and result["tokens"] == 11 * batch and result["same_tokens"] is True
         assert result["ratio"] == pytest.approx(result["cached_tokens_per_second"] / result["uncached_tokens_per_second"]) and result["ratio_at_full_context"] > 0
-    for words, message in [(["--batch", "0"], "at least 1"), (["--steps", "0"], "at least 1"), (["--size", "huge"], "invalid choice")]:
+    shape = ["--size", "4xs", "--vocab", 128, "--context", 12, "--threads", 1, "--precision", "32-true,bf16-mixed", "--json"]
+    code, out, err = ebt(tmp_path, "bench", "train", *shape, "--batch", 2, "--repeats", 1)
+    [trained] = json.loads(out)["results"]
+    assert (code, err, trained["batch"], trained["threads"]) == (0, "", 2, 1) and set(trained["precisions"]) == {"32-true", "bf16-mixed"}
+    code, out, err = ebt(tmp_path, "bench", "memory", *shape)
+    grown = json.loads(out)["results"]
+    assert code == 0 and [(g["batch"], g["kind"], g["precision"]) for g in grown] == [(b, k, p) for b in (2, 8) for k in ("ebt", "transformer") for p in ("32-true", "bf16-mixed")]
+    for words, message in [(["--batch", "0"], "at least 1"), (["--steps", "0"], "at least 1"), (["--size", "huge"], "invalid choice"), (["--precision", "8-bit"], "none of 32-true, bf16-mixed")]:
         code, out, err = ebt(tmp_path, "bench", "generate", *words)
         assert code == 2 and out == "" and message in err
 
