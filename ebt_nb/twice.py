@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Pullback', 'normalised', 'gated', 'attended']
 
-# %% ../nbs/04_twice.ipynb #79245175
+# %% ../nbs/04_twice.ipynb #3a59878e
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ def gated(gate_up: Float[Tensor, "*batch twice"]) -> tuple[Float[Tensor, "*batch
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up, lambda gradient: _pull_gated(gradient, gate_up)
 
-# %% ../nbs/04_twice.ipynb #d94a7a31
+# %% ../nbs/04_twice.ipynb #9f227e9a
 def _softmax(q: Tensor, k: Tensor, keys: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     "Shares of the observed tokens, and its own; q is scaled."
     scores = q @ keys.transpose(-2, -1)
@@ -115,9 +116,18 @@ def _asked(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, seen: Ten
     wants, its_own, gets = gradient @ values.transpose(-2, -1), (gradient * v).sum(-1, keepdim=True), (gradient * mixed).sum(-1, keepdim=True)
     return wants, its_own, gets, (wants - gets).mul_(seen), itself * (its_own - gets)
 
+def _in_their_format(function: Callable) -> Callable:
+    "Compute in the format of the inputs: what autocast multiplies in 16 bits comes in 16 bits, and need not be cast again for every product."
+    @wraps(function)
+    def run(ctx, *inputs):
+        kinds = {t.device.type for t in inputs if isinstance(t, Tensor)} or {"cpu"}
+        with torch.autocast(kinds.pop(), enabled=False): return function(ctx, *inputs)
+    return run
+
 class _Attended(torch.autograd.Function):
     "q is scaled already."
     @staticmethod
+    @_in_their_format
     def forward(ctx, q, k, v, keys, values, hidden):
         seen, itself = _softmax(q, k, keys, hidden)
         mixed = (seen @ values).addcmul_(itself, v)
@@ -133,6 +143,7 @@ class _Attended(torch.autograd.Function):
 
 class _PullAttended(torch.autograd.Function):
     @staticmethod
+    @_in_their_format
     def forward(ctx, gradient, q, k, v, keys, values, seen, itself, mixed):
         wants, its_own, gets, asked, asked_itself = _asked(gradient, v, values, mixed, seen, itself)
         ctx.save_for_backward(gradient, q, k, v, keys, values, seen, itself, wants, its_own, gets)
@@ -141,6 +152,7 @@ class _PullAttended(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_their_format
     def backward(ctx, w_q, w_k, w_v, w_asked, w_seen):
         gradient, q, k, v, keys, values, seen, itself, wants, its_own, gets = ctx.saved_tensors
         w_q, w_k, w_v = (torch.zeros_like(like) if w is None else w for w, like in ((w_q, q), (w_k, k), (w_v, v)))

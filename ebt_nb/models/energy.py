@@ -19,7 +19,7 @@ from ..config import Conditioning
 from .layers import Block, Context, KeyValue, RMSNorm, follow, grow, normalise, rotary_angles, with_room
 from .transformer import initialise
 
-# %% ../../nbs/12_energy.ipynb #cb473df4
+# %% ../../nbs/12_energy.ipynb #421608b1
 class EnergyTransformer(nn.Module):
     """Autoregressive energy-based transformer (arXiv 2507.02092, section 3).
 
@@ -135,7 +135,7 @@ class EnergyTransformer(nn.Module):
         sight = context.sight(candidates, z.shape[1] // candidates, self.rope_base, z.dtype, newest is not None)
         z, pull_blocks = follow(self.blocks, z if newest is None else torch.cat((newest, z), 1), context, sight, landscape, step, None if newest is None else context.place)
         z, pull_norm = normalise(self.final_norm, z, *(() if self.final_adaptive is None else self.final_adaptive(F.silu(step)).chunk(2)))
-        energies = self.energy_head(z).squeeze(-1)
+        energies = (z * self.energy_head.weight).sum(-1)                  # no matrix product, which autocast would round
 
         def force():
             gradient = pull_norm(self.energy_head.weight.expand_as(z))

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
         normal, pull = normalised(x, self.eps)
         return normal * self.gain, lambda gradient: pull(gradient * self.gain)
 
-# %% ../../nbs/10_layers.ipynb #4e5a6ffb
+# %% ../../nbs/10_layers.ipynb #ba409af2
 def rotary_angles(positions: Int[Tensor, "*rows seq"], head_width: int, base: float = 10000.0, dtype: torch.dtype = torch.float32) -> Float[Tensor, "2 *rows seq head"]:
     "Cosines, and sines with their signs (-, +), of every coordinate's rotary angle at `positions`, computed in float64 (Su et al. 2021)."
     frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64) / head_width)
@@ -43,10 +43,10 @@ def rotary_angles(positions: Int[Tensor, "*rows seq"], head_width: int, base: fl
     return torch.stack((torch.stack((angle.cos(),) * 2, -1), torch.stack((-sine, sine), -1))).flatten(-2).to(dtype)
 
 def rotate(x: Float[Tensor, "*batch seq head"], angles: Float[Tensor, "2 *rows seq head"], back: bool = False) -> Float[Tensor, "*batch seq head"]:
-    "Turn neighbouring pairs of coordinates by their rotary angle, or back by it."
+    "Turn neighbouring pairs of coordinates by their rotary angle, or back by it; in the angles' precision, returned in that of x."
     cosine, sine = angles
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x * cosine - swapped * sine if back else x * cosine + swapped * sine
+    return torch.addcmul(x * cosine, swapped, sine, value=-1 if back else 1).to(x.dtype)
 
 # %% ../../nbs/10_layers.ipynb #81bc19e5
 class SwiGLU(nn.Module):
