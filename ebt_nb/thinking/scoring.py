@@ -34,7 +34,7 @@ def score(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], smo
     if smoothing: nats -= smoothing * logits.mean(-1)
     return nats.masked_fill(targets == IGNORE, 0), share
 
-# %% ../../nbs/24_scoring.ipynb #2108500a
+# %% ../../nbs/24_scoring.ipynb #7ca6e37b
 class Update(NamedTuple):
     "What candidates are moved by, and what its derivative needs: under `logits` shares and centred slopes, with a bound what was cut off."
     u: Float[Tensor, "rows vocab"] | None
@@ -45,7 +45,8 @@ class Update(NamedTuple):
 
 def update(value: Float[Tensor, "rows vocab"], force: Float[Tensor, "rows width"], table: Float[Tensor, "vocab width"], bound: Float[Tensor, ""] | None, rule: str) -> Update:
     "The direction of a move: the force pulled back to the candidate, within the bound."
-    u, share, centred, slope, cut = (force @ table.T).to(value.dtype), None, None, None, None
+    u, share, centred, slope, cut = force @ table.T, None, None, None, None
+    if rule == "logits" or bound is not None: u = u.to(value.dtype)
     if rule == "logits":
         slope, share = u, value.softmax(-1)
         centred = slope - (share * slope).sum(-1, keepdim=True)
@@ -93,7 +94,7 @@ def accumulate(total: Float[Tensor, "vocab width"], left: Float[Tensor, "rows vo
     if left.dtype == total.dtype: total.addmm_(left.T, right)
     else: total += left.T @ right.to(left.dtype)
 
-# %% ../../nbs/24_scoring.ipynb #ea2144d7
+# %% ../../nbs/24_scoring.ipynb #d28b9947
 class _MoveAndScore(torch.autograd.Function):
     "The inputs of `move_and_score`, positions in rows. `through`: whether the moved candidate can be differentiated."
     @staticmethod
@@ -105,13 +106,15 @@ class _MoveAndScore(torch.autograd.Function):
         moved, nats = torch.empty_like(value) if out is None else out[0], value.new_zeros(len(value))
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
+            plain = made.share is None and made.cut is None
             y = torch.addcmul(value[rows], made.u, step_size[rows], value=-1, out=moved[rows])
-            if made.share is None and made.cut is None: made = made._replace(u=None)                # not needed any more, and large
+            if plain: made = made._replace(u=None)                    # not needed any more, and large
             nats[rows], share = score(y, targets[rows], smoothing)
             if gradients is not None: gradients.add(rows, made, residual(share, targets[rows], weights[rows], smoothing))
         if through: ctx.save_for_backward(value, force, table, step_size, bound, targets, weights, moved)
         else: ctx.mark_non_differentiable(moved)
         ctx.mark_non_differentiable(nats)
+        ctx.set_materialize_grads(False)                               # zeros as wide as the vocabulary, for candidates nobody differentiates by
         ctx.gradients, ctx.settings = gradients, (rule, smoothing, constant, wanted, into)
         return moved, (nats * weights).sum() if weights is not None else nats.new_zeros(()), nats
 
@@ -120,14 +123,15 @@ class _MoveAndScore(torch.autograd.Function):
     def backward(ctx, to_moved, to_loss, _):
         rule, smoothing, constant, wanted, into = ctx.settings
         def handed(sums): return *(None if g is None or g is into else g for g in sums), *[None] * 8
+        if to_loss is None and to_moved is None: return handed([None] * 5)
         if ctx.gradients is not None: return handed([None if g is None else g if g is into or (to_loss.is_cpu and to_loss == 1) else g * to_loss for g in ctx.gradients.sums])
         value, force, table, step_size, bound, targets, weights, moved = ctx.saved_tensors
         product = table.to(product_format(force))
         gradients = Gradients((value, force, table, step_size, bound), wanted, product, constant, into)
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
-            r = torch.zeros_like(moved[rows]) if weights is None else residual(moved[rows].softmax(-1), targets[rows], weights[rows] * to_loss, smoothing)
-            gradients.add(rows, made, r.add_(to_moved[rows]))
+            r = torch.zeros_like(moved[rows]) if weights is None or to_loss is None else residual(moved[rows].softmax(-1), targets[rows], weights[rows] * to_loss, smoothing)
+            gradients.add(rows, made, r if to_moved is None else r.add_(to_moved[rows]))
         return handed(gradients.sums)
 
 def residual(share: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], weights: Float[Tensor, "rows"], smoothing: float) -> Float[Tensor, "rows vocab"]:
@@ -189,25 +193,23 @@ def score_next(hidden: Float[Tensor, "*batch width"], table: Float[Tensor, "voca
     loss, nats = _Score.apply(hidden.flatten(0, -2), table, targets.flatten(), weights.flatten(), smoothing)
     return loss, nats.view(targets.shape)
 
-# %% ../../nbs/24_scoring.ipynb #229eea2b
+# %% ../../nbs/24_scoring.ipynb #be7ca1b5
 class _Embed(torch.autograd.Function):
     "The average row of the table, whose gradient is added to `into`."
     @staticmethod
     def forward(ctx, share, table, into):
+        product = table.to(product_format(share))
+        share = share.to(product.dtype)                                # in 16 bits a copy, to be used again
         ctx.save_for_backward(share, table)
         ctx.into = into
-        product = table.to(product_format(share))
-        embedded = share.new_empty(len(share), table.shape[1], dtype=product.dtype)
-        for rows in chunks(*share.shape): torch.mm(share[rows].to(product.dtype), product, out=embedded[rows])
-        return embedded
+        return share @ product
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         share, table = ctx.saved_tensors
-        if ctx.needs_input_grad[1]:
-            for rows in chunks(*share.shape): accumulate(ctx.into, share[rows].to(gradient.dtype), gradient[rows])
-        return (gradient @ table.T.to(gradient.dtype)).to(share.dtype) if ctx.needs_input_grad[0] else None, None, None
+        if ctx.needs_input_grad[1]: accumulate(ctx.into, share, gradient)
+        return (gradient @ table.T.to(gradient.dtype)).to(table.dtype) if ctx.needs_input_grad[0] else None, None, None
 
 def embed_into(space: TokenSpace, state: State, into: Float[Tensor, "vocab width"]) -> Float[Tensor, "*batch width"]:
     "`space.embed`, whose gradient with respect to the table is added to `into` instead of being returned by autograd."
