@@ -21,7 +21,7 @@ def mix(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     word.bitwise_xor_((word >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
     return word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
 
-# %% ../nbs/02_noise.ipynb #5b3801ca
+# %% ../nbs/02_noise.ipynb #fc1f1f10
 @dataclass(frozen=True)
 class Keys:
     "What a batch of random draws is keyed by: two int32 words for every sample and position."
@@ -36,10 +36,12 @@ class Keys:
 
     def join(self, number: Int[Tensor, "..."] | int) -> "Keys":
         "Keys that also depend on `number` (broadcast; all 64 bits count)."
-        number = torch.as_tensor(number, device=self.first.device).long()
-        low, high = (number & 0xFFFFFFFF), number >> 32
-        low = torch.where(low >= 2**31, low - 2**32, low).int()
-        first = mix(mix(self.first ^ low) + high.int())
+        if isinstance(number, int): low, high = _word(number), number >> 32
+        else:
+            number = number.to(self.first.device, torch.long)
+            low, high = number & 0xFFFFFFFF, (number >> 32).int()
+            low = torch.where(low >= 2**31, low - 2**32, low).int()
+        first = mix(mix(self.first ^ low) + high)
         return Keys(first, mix(self.second * 0x01000193 + first))
 
     def select(self, rows: slice) -> "Keys":

@@ -67,7 +67,7 @@ class SwiGLU(nn.Module):
         opened, pull = gated(linear(x, self.gate_up.weight))
         return linear(opened, self.down.weight), lambda gradient: pull_linear(pull(pull_linear(gradient, self.down.weight)), self.gate_up.weight)
 
-# %% ../../nbs/10_layers.ipynb #c7c4705b
+# %% ../../nbs/10_layers.ipynb #03abf67f
 class KeyValue(NamedTuple):
     "What one layer keeps of tokens: rotated keys, and values."
     keys: Float[Tensor, "batch heads seq head"]
@@ -121,12 +121,16 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Tensor, "batch seq width"], angles: Complex[Tensor, "*rows seq half"]) -> tuple[Tensor, Tensor, Tensor]:
         "Rotated queries and keys, and values, each [batch, heads, seq, head]."
-        return _ToHeads.apply(linear(x, self.qkv.weight), angles, 3, self.heads)
+        x = linear(x, self.qkv.weight)
+        if torch.is_grad_enabled(): return _ToHeads.apply(x, angles, 3, self.heads)
+        qk, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split((2, 1))       # few rows as a rule: views cost less than copies
+        return *rotate(qk, angles), v[0]
 
     def pull_project(self, q: Float[Tensor, "batch heads seq head"], k: Float[Tensor, "batch heads seq head"], v: Float[Tensor, "batch heads seq head"],
                      angles: Complex[Tensor, "*rows seq half"]) -> Float[Tensor, "batch seq width"]:
         "The gradient that gradients of `project`'s three outputs make."
-        return pull_linear(_FromHeads.apply(angles, q, k, v), self.qkv.weight)
+        if torch.is_grad_enabled(): return pull_linear(_FromHeads.apply(angles, q, k, v), self.qkv.weight)
+        return pull_linear(torch.cat((rotate(torch.stack((q, k)), angles, back=True), v[None])).permute(1, 3, 0, 2, 4).flatten(2), self.qkv.weight)
 
     def merge(self, x: Float[Tensor, "batch heads seq head"]) -> Float[Tensor, "batch seq width"]:
         return linear(x.transpose(1, 2).flatten(2), self.out.weight)
