@@ -8,7 +8,7 @@ __all__ = ['Pair', 'Reading', 'read_batch', 'said_of', 'auroc', 'calibration', '
            'matches', 'token_f1', 'write_answers', 'plans', 'written', 'choose_answers', 'evaluate_questions',
            'evaluate', 'HarnessModel', 'register_harness']
 
-# %% ../../nbs/53_evaluate.ipynb #5adb11da
+# %% ../../nbs/53_evaluate.ipynb #d6490e45
 import importlib
 import math
 import sys
@@ -33,7 +33,7 @@ from .generate import Generator, at_rest, load_generator
 from ..products import fast_products
 from ..noise import Keys
 from ..thinking.verify import energies_after, think
-from ..training.module import EnergyLanguageModule, LanguageModule
+from ..training.module import EnergyLanguageModule, LanguageModule, perplexity
 
 # %% ../../nbs/53_evaluate.ipynb #7b7d64db
 @dataclass
@@ -113,7 +113,7 @@ def calibration(said: Reading) -> dict[str, float]:
     found = {name: auroc(doubt, ~said.right) for name, doubt in doubts.items() if doubt is not None}
     return {name: value for name, value in found.items() if value is not None}
 
-# %% ../../nbs/53_evaluate.ipynb #95a9b4c7
+# %% ../../nbs/53_evaluate.ipynb #c00f612a
 class EvaluationError(WorkbenchError):
     "Data or settings that cannot be evaluated."
 
@@ -158,7 +158,7 @@ def figures_of(module: LanguageModule, said: Reading, characters: int) -> dict[s
     "Those figures of an `Evaluation` that come from a reading."
     def mean(values): return values.double().mean(-1).tolist()
     step_losses, thinks = mean(said.nats), said.fall is not None
-    found = dict(model=module.config.model.kind, thinking=None, rows=int(said.row.max()) + 1, tokens=len(said.row), loss=step_losses[-1], perplexity=math.exp(step_losses[-1]), accuracy=mean(said.right),
+    found = dict(model=module.config.model.kind, thinking=None, rows=int(said.row.max()) + 1, tokens=len(said.row), loss=step_losses[-1], perplexity=perplexity(step_losses[-1]), accuracy=mean(said.right),
                  bits_per_character=step_losses[-1] * len(said.row) / math.log(2) / characters if characters else None, auroc=calibration(said), step_losses=step_losses)
     if not thinks: return found
     policy = module.descent.policy

@@ -130,7 +130,7 @@ class _Learned(torch.autograd.Function):
         as_they_are = to_loss.is_cpu and to_loss == 1
         return None, *(g if g is None or as_they_are else g * to_loss for g in gradients)
 
-# %% ../../nbs/40_objectives.ipynb #cac3163a
+# %% ../../nbs/40_objectives.ipynb #3ff15183
 Keep = Literal["none", "last", "all"]
 
 def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Descent, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"],
@@ -143,7 +143,7 @@ def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Desce
     What is not is thought as outside training: with as many samples as the policy says, of which one is chosen (`23_verify`).
     """
     visits = descent.schedule() if visits is None else visits
-    if differentiable and torch.is_grad_enabled(): return _learned(model, space, descent, inputs, targets, keys, objective, visits, start, rows or rows_at_once(inputs, len(space.table)), keep)
+    if differentiable and torch.is_grad_enabled(): return _learned(model, space, descent, inputs, targets, keys, objective, visits, start, rows or rows_at_once(model, inputs, len(space.table)), keep)
     with torch.no_grad():
         energy = model.given(model.observe(inputs))
         trace = think(energy, space, descent, keys, start, model.energy_head.weight.dtype, visits, judged=False).trace
@@ -153,9 +153,13 @@ def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Desce
         contrastive = contrast(energy, space, targets, counted(targets), trace.energies[-1], model.landscapes - 1)
         return Outcome(loss + objective.contrastive * contrastive, step_losses, trace, contrastive)
 
-def rows_at_once(inputs: Int[Tensor, "batch seq"], vocab: int) -> int:
-    "Rows to go through at a time: all on a GPU; on a processor as many as have 32 million numbers in a candidate."
-    return len(inputs) if inputs.is_cuda else max(1, 2**25 // (inputs.shape[1] * vocab))
+def rows_at_once(model: EnergyTransformer, inputs: Int[Tensor, "batch seq"], vocab: int) -> int:
+    "Rows to go through at a time: all on a GPU; on a processor as many as keep some 100 million numbers (400 MB) of candidates and of blocks, in parts of about equal size."
+    rows, seq = inputs.shape
+    width = model.energy_head.in_features
+    numbers = seq * (vocab + len(model.blocks) * (20 * width + 4 * width // model.head_width * seq))
+    parts = 1 if inputs.is_cuda else -(-rows // max(1, 100_000_000 // numbers))
+    return -(-rows // parts)
 
 def counted(targets: Int[Tensor, "batch seq"]) -> Int[Tensor, ""]:
     "How many targets are scored; at least one."
