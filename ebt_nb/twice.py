@@ -19,15 +19,18 @@ from torch.autograd.function import once_differentiable
 # %% ../nbs/04_twice.ipynb #6f4ad9b8
 Pullback = Callable[[Tensor], Tensor]
 
-# %% ../nbs/04_twice.ipynb #8cd08f88
+# %% ../nbs/04_twice.ipynb #a9699aa5
+def _normal(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * inverse, inverse
+
 def _pull_normal(gradient: Tensor, normal: Tensor, inverse: Tensor) -> Tensor:
     return torch.addcmul(gradient, normal, (gradient * normal).mean(-1, keepdim=True), value=-1).mul_(inverse)
 
 class _Normal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps):
-        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        normal = x * inverse
+        normal, inverse = _normal(x, eps)
         ctx.save_for_backward(x, normal, inverse)
         ctx.mark_non_differentiable(inverse)
         return normal, inverse
@@ -55,8 +58,7 @@ def normalised(x: Float[Tensor, "*batch width"], eps: float) -> tuple[Float[Tens
         normal, inverse = _Normal.apply(x, eps)
         held = normal.detach()
         return normal, lambda gradient: _PullNormal.apply(gradient, x, held, inverse)
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    normal = x * inverse
+    normal, inverse = _normal(x, eps)
     return normal, lambda gradient: _pull_normal(gradient, normal, inverse)
 
 # %% ../nbs/04_twice.ipynb #b1088c67

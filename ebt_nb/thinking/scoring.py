@@ -6,9 +6,9 @@
 __all__ = ['CHUNK', 'chunks', 'score', 'Update', 'update', 'Gradients', 'accumulate', 'residual', 'product_format', 'Scored',
            'move_and_score', 'score_next', 'embed_into']
 
-# %% ../../nbs/24_scoring.ipynb #18cd9799
+# %% ../../nbs/24_scoring.ipynb #3d76df1f
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -34,7 +34,7 @@ def score(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], smo
     if smoothing: nats -= smoothing * logits.mean(-1)
     return nats.masked_fill(targets == IGNORE, 0), share
 
-# %% ../../nbs/24_scoring.ipynb #7ca6e37b
+# %% ../../nbs/24_scoring.ipynb #36a4070d
 class Update(NamedTuple):
     "What candidates are moved by, and what its derivative needs: under `logits` shares and centred slopes, with a bound what was cut off."
     u: Float[Tensor, "rows vocab"] | None
@@ -42,6 +42,11 @@ class Update(NamedTuple):
     centred: Float[Tensor, "rows vocab"] | None
     slope: Float[Tensor, "rows vocab"] | None
     cut: Float[Tensor, "rows vocab"] | None
+
+    @property
+    def plain(self) -> bool:
+        "Whether it is linear in the force alone."
+        return self.share is None and self.cut is None
 
 def update(value: Float[Tensor, "rows vocab"], force: Float[Tensor, "rows width"], table: Float[Tensor, "vocab width"], bound: Float[Tensor, ""] | None, rule: str) -> Update:
     "The direction of a move: the force pulled back to the candidate, within the bound."
@@ -56,7 +61,7 @@ def update(value: Float[Tensor, "rows vocab"], force: Float[Tensor, "rows width"
         u = torch.minimum(torch.maximum(u, -bound), bound)
     return Update(u, share, centred, slope, cut)
 
-# %% ../../nbs/24_scoring.ipynb #d83ab7ae
+# %% ../../nbs/24_scoring.ipynb #1dd93bae
 class Gradients:
     "Sums of gradients over chunks, for those of `value`, `force`, `table`, `step_size` and `bound` that are wanted (None for the others)."
     def __init__(self, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], table: Float[Tensor, "vocab width"], constant: bool, into: Float[Tensor, "vocab width"] | None):
@@ -68,7 +73,7 @@ class Gradients:
         value, force, table, step_size, bound = self.sums
         f, alpha = self.inputs[1][rows], self.inputs[3][rows]
         if value is not None: value[rows] = moved
-        plain = made.share is None and made.cut is None
+        plain = made.plain
         if step_size is not None and not plain: step_size[rows] = -(made.u * moved).sum(-1, keepdim=True)
         back = moved if plain else moved * -alpha
         if made.cut is not None:
@@ -94,7 +99,7 @@ def accumulate(total: Float[Tensor, "vocab width"], left: Float[Tensor, "rows vo
     if left.dtype == total.dtype: total.addmm_(left.T, right)
     else: total += left.T @ right.to(left.dtype)
 
-# %% ../../nbs/24_scoring.ipynb #d28b9947
+# %% ../../nbs/24_scoring.ipynb #73a80168
 class _MoveAndScore(torch.autograd.Function):
     "The inputs of `move_and_score`, positions in rows. `through`: whether the moved candidate can be differentiated."
     @staticmethod
@@ -106,9 +111,8 @@ class _MoveAndScore(torch.autograd.Function):
         moved, nats = torch.empty_like(value) if out is None else out[0], value.new_zeros(len(value))
         for rows in chunks(*value.shape):
             made = update(value[rows], force[rows].to(product.dtype), product, bound, rule)
-            plain = made.share is None and made.cut is None
             y = torch.addcmul(value[rows], made.u, step_size[rows], value=-1, out=moved[rows])
-            if plain: made = made._replace(u=None)                    # not needed any more, and large
+            if made.plain: made = made._replace(u=None)                    # not needed any more, and large
             nats[rows], share = score(y, targets[rows], smoothing)
             if gradients is not None: gradients.add(rows, made, residual(share, targets[rows], weights[rows], smoothing))
         if through: ctx.save_for_backward(value, force, table, step_size, bound, targets, weights, moved)

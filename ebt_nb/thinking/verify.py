@@ -6,8 +6,8 @@
 __all__ = ['score', 'energies_after', 'final_energy', 'relative_energy', 'sample_keys', 'Verdict', 'choose', 'pick',
            'distance_between', 'think']
 
-# %% ../../nbs/23_verify.ipynb #fe6350cd
-from dataclasses import dataclass, replace
+# %% ../../nbs/23_verify.ipynb #b7df7641
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
