@@ -124,7 +124,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #2244b4fd
+# %% ../nbs/00_config.ipynb #e4394c21
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -170,12 +170,19 @@ class Trainer(Section):
     fast_products: bool = Field(True, description="let oneDNN multiply float32 where it is exact and torch's default is slow (AMD processors)")
     keep_memory: bool = Field(True, description="on a CPU under Linux, keep memory once used instead of returning it after every operation; faster, and held until training ends")
     rows_at_once: int | None = Field(None, ge=1, description="EBT: sequences that a training step goes through at a time, to save memory; null chooses (all on a GPU)")
+    recompute: bool = Field(False, description="training keeps the inputs of blocks only and computes what is in them again for the gradient (activation checkpointing): for sizes that do not fit otherwise; slower")
+    compile: bool | None = Field(None, description="compile a training step as one graph, which takes minutes once; null: on a GPU, unless blocks are to be computed again")
     val_every: int = Field(1000, ge=1, description="updates between validations")
     val_batches: int = Field(50, ge=1, description="validation batches each time")
     log_every: int = Field(50, ge=1, description="updates between logged training figures")
     checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints of the last state")
     keep_every: int | None = Field(None, ge=1, description="also keep a checkpoint for good every so many updates")
     callbacks: list[str] = Field(default_factory=list, description="names of further callbacks")
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.compile and self.recompute: raise ValueError("compile: a compiler would not compute anything twice, as trainer.recompute asks; set trainer.compile=false or trainer.recompute=false")
+        return self
 
 class Inference(Section):
     "How text is drawn from a trained model."

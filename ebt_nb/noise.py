@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'Keys']
 
-# %% ../nbs/02_noise.ipynb #9b8b46ff
+# %% ../nbs/02_noise.ipynb #8d5989c5
 import math
 import zlib
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .graph import traced
+
 # %% ../nbs/02_noise.ipynb #f4b0414b
 def mix(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     "A well-mixing bijection of int32 words (lowbias32; Wellons 2018). Works in place on its argument and returns it."
@@ -21,7 +23,7 @@ def mix(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     word.bitwise_xor_((word >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
     return word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
 
-# %% ../nbs/02_noise.ipynb #fc1f1f10
+# %% ../nbs/02_noise.ipynb #2be0fd2f
 @dataclass(frozen=True)
 class Keys:
     "What a batch of random draws is keyed by: two int32 words for every sample and position."
@@ -54,7 +56,7 @@ class Keys:
 
     def words(self, width: int) -> Int[Tensor, "*batch width"]:
         "Uniform int32 words, `width` for every key."
-        column = torch.arange(width, dtype=torch.int32, device=self.first.device) * (0x9E3779B9 - 2**32)
+        column = torch.arange(width, dtype=torch.int32, device=self.first.device).bitwise_xor_(0).mul_(0x9E3779B9 - 2**32)      # without the xor torch's compiler (2.13) takes the product for an index, and loses its overflow
         return mix(mix(self.first[..., None] + column).add_(self.second[..., None]))
 
     def uniform(self, width: int = 1, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch width"]:
@@ -63,9 +65,10 @@ class Keys:
 
     def normal(self, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch width"]:
         "Standard normal numbers by the inverse error function; the largest is 5.3."
-        drawn = torch.empty(*self.first.shape, width, dtype=dtype, device=self.first.device)
+        if traced() or not self.first.is_cpu: return self.uniform(width, dtype).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+        drawn = torch.empty(*self.first.shape, width, dtype=dtype)
         rows, first, second = drawn.view(-1, width), self.first.reshape(-1), self.second.reshape(-1)
-        many = max(1, 2**19 // width) if drawn.is_cpu else len(rows)         # at a time: what fits into a processor's cache is made there
+        many = max(1, 2**19 // width)                                     # at a time: what fits into a processor's cache is made there
         for few in (slice(begin, begin + many) for begin in range(0, len(rows), many)):
             torch.erfinv(Keys(first[few], second[few]).uniform(width, dtype).mul_(2).sub_(1), out=rows[few]).mul_(math.sqrt(2))
         return drawn

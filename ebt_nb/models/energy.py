@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EnergyTransformer', 'Given', 'initialise_energy', 'initialise_as_published']
 
-# %% ../../nbs/12_energy.ipynb #99bfedd7
+# %% ../../nbs/12_energy.ipynb #b01f211f
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
@@ -16,21 +16,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config import Conditioning
-from .layers import Block, Context, KeyValue, RMSNorm, follow, grow, normalise, rotary_angles, with_room
+from .layers import Block, Context, KeyValue, RMSNorm, follow, grow, normalise, recomputed, rotary_angles, with_room
 from .transformer import initialise
 
-# %% ../../nbs/12_energy.ipynb #421608b1
+# %% ../../nbs/12_energy.ipynb #262947f7
 class EnergyTransformer(nn.Module):
     """Autoregressive energy-based transformer (arXiv 2507.02092, section 3).
 
     `embedding` turns observations into vectors [batch, seq, width]; `candidate_embedding` holds the weights with which a prediction space embeds
-    candidates (the same module for tied weights). `landscapes` is the number of thinking steps the network can tell apart.
+    candidates (the same module for tied weights). `landscapes` is the number of thinking steps the network can tell apart. While `recompute` is set, training keeps the blocks' inputs only.
     """
     def __init__(self, embedding: nn.Module, candidate_embedding: nn.Module, layers: int, width: int, heads: int, ffn_multiplier: float = 1.0, norm_eps: float = 1e-5,
                  rope_base: float = 10000.0, conditioning: Conditioning = "step_embed", landscapes: int = 2):
         super().__init__()
         if conditioning not in get_args(Conditioning): raise ValueError(f"conditioning: {conditioning!r} is none of {', '.join(get_args(Conditioning))}")
-        self.conditioning, self.landscapes, self.rope_base, self.head_width = conditioning, landscapes, rope_base, width // heads
+        self.conditioning, self.landscapes, self.rope_base, self.head_width, self.recompute = conditioning, landscapes, rope_base, width // heads, False
         adaptive = conditioning.startswith("adaln")
         self.embedding, self.candidate_embedding = embedding, candidate_embedding
         self.blocks = nn.ModuleList(Block(width, heads, int(width * ffn_multiplier), norm_eps, adaptive) for _ in range(layers))
@@ -77,7 +77,7 @@ class EnergyTransformer(nn.Module):
         kept = []
         *blocks, last = self.blocks
         for block in blocks:
-            x, key_value = block.observed(x, angles, step)
+            x, key_value = recomputed(block.observed, x, angles, step, recompute=self.recompute)
             kept.append(key_value)
         return [*kept, last.key_value(x, angles, step)]               # what the last layer would make of the observed stream, nobody reads
 
@@ -133,7 +133,7 @@ class EnergyTransformer(nn.Module):
         def unfolded(x): return x[:, first:].unflatten(1, (-1, candidates)).transpose(0, 1).reshape(*samples, *x[:, first : first + candidates].shape) if samples else x[:, first:]
 
         sight = context.sight(candidates, z.shape[1] // candidates, self.rope_base, z.dtype, newest is not None)
-        z, pull_blocks = follow(self.blocks, z if newest is None else torch.cat((newest, z), 1), context, sight, landscape, step, None if newest is None else context.place)
+        z, pull_blocks = follow(self.blocks, z if newest is None else torch.cat((newest, z), 1), context, sight, landscape, step, None if newest is None else context.place, self.recompute)
         z, pull_norm = normalise(self.final_norm, z, *(() if self.final_adaptive is None else self.final_adaptive(F.silu(step)).chunk(2)))
         energies = (z * self.energy_head.weight).sum(-1)                  # no matrix product, which autocast would round
 

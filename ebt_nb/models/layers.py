@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['RMSNorm', 'rotary_angles', 'as_complex', 'rotate', 'SwiGLU', 'KeyValue', 'Place', 'Attention',
            'hidden_from_candidates', 'modulate', 'normalise', 'residual', 'Block', 'Context', 'with_room', 'grow',
-           'follow']
+           'recomputed', 'candidate_recomputed', 'follow']
 
-# %% ../../nbs/10_layers.ipynb #9cd53cc4
+# %% ../../nbs/10_layers.ipynb #2dd8e447
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..graph import traced
 from ..products import linear, pull_linear
 from ..twice import Pullback, attended, gated, normalised
 
@@ -35,7 +37,7 @@ class RMSNorm(nn.Module):
         normal, pull = normalised(x, self.eps)
         return normal * self.gain, lambda gradient: pull(gradient * self.gain)
 
-# %% ../../nbs/10_layers.ipynb #1a605f07
+# %% ../../nbs/10_layers.ipynb #5a51d578
 def rotary_angles(positions: Int[Tensor, "*rows seq"], head_width: int, base: float = 10000.0, dtype: torch.dtype = torch.float32) -> Complex[Tensor, "*rows seq half"]:
     "The rotary angle of every pair of coordinates at `positions`, as complex numbers of size one; computed in float64, in the precision of `dtype` (Su et al. 2021)."
     frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64) / head_width)
@@ -48,8 +50,14 @@ def as_complex(x: Float[Tensor, "*batch head"]) -> Complex[Tensor, "*batch half"
 
 def rotate(x: Float[Tensor, "*batch seq head"], angles: Complex[Tensor, "*rows seq half"], back: bool = False) -> Float[Tensor, "*batch seq head"]:
     "Turn neighbouring pairs of coordinates by their rotary angle, or back by it; in the angles' precision, returned in that of x."
+    if traced(): return _rotate_reals(x, torch.view_as_real(angles), -1 if back else 1)
     turned = as_complex(x.to(angles.real.dtype)) * (angles.conj() if back else angles)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+def _rotate_reals(x: Tensor, angles: Tensor, sign: int) -> Tensor:
+    "`rotate` in real numbers, which compilers can fuse."
+    (a, b), (cos, sin) = x.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1), angles.unbind(-1)
+    return torch.stack((a * cos - sign * b * sin, sign * a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 # %% ../../nbs/10_layers.ipynb #81bc19e5
 class SwiGLU(nn.Module):
@@ -67,7 +75,7 @@ class SwiGLU(nn.Module):
         opened, pull = gated(linear(x, self.gate_up.weight))
         return linear(opened, self.down.weight), lambda gradient: pull_linear(pull(pull_linear(gradient, self.down.weight)), self.gate_up.weight)
 
-# %% ../../nbs/10_layers.ipynb #03abf67f
+# %% ../../nbs/10_layers.ipynb #f739a160
 class KeyValue(NamedTuple):
     "What one layer keeps of tokens: rotated keys, and values."
     keys: Float[Tensor, "batch heads seq head"]
@@ -78,10 +86,10 @@ class Place(NamedTuple):
     rows: Int[Tensor, "batch"]
     ends: Int[Tensor, "batch"]
 
-def _turn_into(out: Tensor, x: Tensor, angles: Tensor) -> None:
-    "out = x turned by angles, in one pass where their precision is the same."
-    if x.dtype != angles.real.dtype: out.copy_(rotate(x, angles))
-    else: torch.mul(as_complex(x if x.stride(-1) == 1 else x.contiguous()), angles, out=as_complex(out))
+def _turn_into(out: Tensor, x: Tensor, angles: Tensor, back: bool = False) -> None:
+    "out = x turned by angles, or back by them; in one pass where their precision is the same."
+    if traced() or x.dtype != angles.real.dtype: out.copy_(rotate(x, angles, back))
+    else: torch.mul(as_complex(x if x.stride(-1) == 1 else x.contiguous()), angles.conj() if back else angles, out=as_complex(out))
 
 class _ToHeads(torch.autograd.Function):
     "From one row of `parts` vectors for each token to `parts` tensors [batch, heads, seq, head], all turned but the last."
@@ -104,7 +112,7 @@ class _FromHeads(torch.autograd.Function):
         batch, heads, seq, head = parts[0].shape
         ctx.settings = angles, len(parts), heads
         out = parts[0].new_empty(batch, seq, len(parts), heads, head)
-        for place, part in zip(out.permute(2, 0, 3, 1, 4), parts[:-1]): _turn_into(place, part, angles.conj())
+        for place, part in zip(out.permute(2, 0, 3, 1, 4), parts[:-1]): _turn_into(place, part, angles, back=True)
         out[:, :, -1].copy_(parts[-1].transpose(1, 2))
         return out.flatten(2)
 
@@ -221,7 +229,7 @@ class Block(nn.Module):
         "Shift, scale and gate of each half; nothing where the block is plain."
         return ((), ()) if self.adaptive is None else self.adaptive(F.silu(step)).unflatten(0, (2, 3, -1))
 
-# %% ../../nbs/10_layers.ipynb #3c99d41d
+# %% ../../nbs/10_layers.ipynb #f6518266
 @dataclass
 class Context:
     """Keys and values of every layer, by landscape; `None` is the key where all landscapes share them.
@@ -270,7 +278,7 @@ class Context:
         if key not in self.sights:
             positions = torch.cat([self.positions() - 1] * newest + [self.positions(candidates)] * samples, -1)
             hidden = hidden_from_candidates(positions, self.front + self.length)
-            self.sights[key] = rotary_angles(positions, self.buffer.shape[-1], rope_base, dtype), None if candidates == 1 and not hidden.any() else hidden
+            self.sights[key] = rotary_angles(positions, self.buffer.shape[-1], rope_base, dtype), None if candidates == 1 and not traced() and not hidden.any() else hidden
         return self.sights[key]
 
     def cut(self) -> tuple["Context", list[Tensor], list[Tensor]]:
@@ -302,14 +310,26 @@ def grow(context: Context) -> None:
     if context.lengths is None or context.room < 1: raise ValueError(f"a context of {context.length} tokens without room for another: observe with room, as many as are to be appended")
     context.lengths, context.room, context.sights = context.lengths + 1, context.room - 1, {}
 
-# %% ../../nbs/10_layers.ipynb #02ac81d6
+# %% ../../nbs/10_layers.ipynb #f6bbec83
+def recomputed(function: Callable, *inputs: Tensor, recompute: bool = True) -> Any:
+    "function(*inputs); if `recompute`, with a graph that keeps the inputs only and computes the rest once more."
+    if not (recompute and torch.is_grad_enabled()): return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+def candidate_recomputed(candidate: Callable[[Tensor], tuple[Tensor, Pullback]], z: Float[Tensor, "batch cand width"]) -> tuple[Float[Tensor, "batch cand width"], Pullback]:
+    "A block's candidate(z), its output and its pullback, each with a graph that keeps its inputs only."
+    return recomputed(lambda z: candidate(z)[0], z), lambda gradient: recomputed(lambda z, gradient: candidate(z)[1](gradient), z, gradient)
+
 def follow(blocks: nn.ModuleList, z: Float[Tensor, "batch cand width"], context: Context, sight: tuple[Tensor, Tensor | None], landscape: int | None = None,
-           step: Float[Tensor, "width"] | None = None, place: Place | None = None) -> tuple[Float[Tensor, "batch cand width"], Pullback]:
-    "Run candidates (first, where there is a `place`, the newest token) through the blocks, each with its `sight` of what was observed before it; and the pullback of that."
+           step: Float[Tensor, "width"] | None = None, place: Place | None = None, recompute: bool = False) -> tuple[Float[Tensor, "batch cand width"], Pullback]:
+    """Run candidates (first, where there is a `place`, the newest token) through the blocks, each with its `sight` of what was observed before it; and the pullback of that.
+
+    With `recompute`, a graph keeps what each block and its pullback were given, and nothing of what they computed."""
     angles, hidden = sight
     pullbacks = []
     for block, observed in zip(blocks, context.of(landscape)):
-        z, pull = block.candidate(z, angles, observed, hidden, step, place)
+        def candidate(z, block=block, observed=observed): return block.candidate(z, angles, observed, hidden, step, place)
+        z, pull = candidate_recomputed(candidate, z) if recompute and torch.is_grad_enabled() else candidate(z)
         pullbacks.append(pull)
 
     def pullback(gradient: Tensor) -> Tensor:

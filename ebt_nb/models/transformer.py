@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['Transformer', 'initialise']
 
-# %% ../../nbs/11_transformer.ipynb #45e76936
+# %% ../../nbs/11_transformer.ipynb #cc73ae3f
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..products import linear
-from .layers import Block, Context, RMSNorm, follow, grow, rotary_angles, with_room
+from .layers import Block, Context, RMSNorm, follow, grow, recomputed, rotary_angles, with_room
 
-# %% ../../nbs/11_transformer.ipynb #490fc7f0
+# %% ../../nbs/11_transformer.ipynb #8c12ab43
 class Transformer(nn.Module):
     """Decoder-only transformer ("Transformer++": RMSNorm, rotary positions, SwiGLU, no biases).
 
-    `ffn_multiplier` sets the feed-forward width as a multiple of `width`; `tied` shares the token table with the output head.
+    `ffn_multiplier` sets the feed-forward width as a multiple of `width`; `tied` shares the token table with the output head. While `recompute` is set, training keeps the blocks' inputs only.
     """
     def __init__(self, vocab_size: int, layers: int, width: int, heads: int, ffn_multiplier: float = 1.0, norm_eps: float = 1e-5,
                  rope_base: float = 10000.0, tied: bool = False):
         super().__init__()
-        self.rope_base, self.head_width = rope_base, width // heads
+        self.rope_base, self.head_width, self.recompute = rope_base, width // heads, False
         self.embedding = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList(Block(width, heads, int(width * ffn_multiplier), norm_eps) for _ in range(layers))
         self.final_norm = RMSNorm(width, norm_eps)
@@ -38,7 +38,7 @@ class Transformer(nn.Module):
         x, layers = self.embedding(tokens), []
         angles = rotary_angles(torch.arange(tokens.shape[1], device=tokens.device), self.head_width, self.rope_base, x.dtype)
         for block in self.blocks:
-            x, kept = block.observed(x, angles)
+            x, kept = recomputed(block.observed, x, angles, recompute=self.recompute)
             layers.append(kept)
         return self.final_norm(x), Context({None: layers})
 

@@ -43,12 +43,16 @@ def first_candidate(keys: Keys, width: int, start: str, std: float, dtype: torch
     if start == "noise": return keys.at("start").normal(width, dtype).mul_(std)
     return torch.zeros(*keys.first.shape, width, dtype=dtype, device=keys.first.device)
 
-# %% ../../nbs/20_spaces.ipynb #fdde7e6a
+# %% ../../nbs/20_spaces.ipynb #1abe9fa1
 class TokenSpace:
     "Candidates over a vocabulary, embedded by a borrowed `table` W [V, D]."
     def __init__(self, table: Float[Tensor, "vocab width"], rule: Literal["probabilities", "logits", "raw"] = "probabilities",
                  start: Literal["noise", "zeros"] = "noise", start_std: float = 1.0):
         self.table, self.rule, self.kind_of_start, self.start_std = table, rule, start, start_std
+
+    def over(self, table: Float[Tensor, "vocab width"]) -> "TokenSpace":
+        "The same with another table."
+        return TokenSpace(table, self.rule, self.kind_of_start, self.start_std)
 
     @property
     def noise_width(self) -> int: return len(self.table)

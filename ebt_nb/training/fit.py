@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'build_trainer', 'check_processes', 'common_run', 'check_resumable', 'starting_point', 'parameter_counts',
            'introduce', 'readable', 'ending', 'fit', 'train', 'threads', 'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #8df475c6
+# %% ../../nbs/44_fit.ipynb #f1f398dc
 import contextlib
 import math
 import tempfile
@@ -29,7 +29,7 @@ from ..runs import MetricsFile, Run, RunError, find_checkpoint, write_atomically
 from ..thinking.replay import bytes_of
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Interrupted, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
                                        code_version, named_callbacks, quiet)
-from .module import CheckpointError, LanguageModule, build_module, check_tokenizer, read_checkpoint, replay_fields, start_from, token_space
+from .module import CheckpointError, LanguageModule, build_module, compiles, check_tokenizer, read_checkpoint, replay_fields, start_from, token_space
 
 # %% ../../nbs/44_fit.ipynb #aa540ef8
 def build_trainer(config: RunConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -90,14 +90,14 @@ def starting_point(config: RunConfig, run: Run | None, resume: bool | str, data:
     check_resumable(path, checkpoint, config, data)
     return path, checkpoint["global_step"]
 
-# %% ../../nbs/44_fit.ipynb #dfe57cc9
+# %% ../../nbs/44_fit.ipynb #61345877
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     "Parameters in all, and without token tables and output head."
     tables = {id(m.weight) for name, m in model.named_modules() if name in ("embedding", "candidate_embedding", "output_head")}
     return dict(parameters=sum(p.numel() for p in model.parameters()), parameters_without_embeddings=sum(p.numel() for p in model.parameters() if id(p) not in tables))
 
-def introduce(config: RunConfig, module: LanguageModule) -> list[str]:
-    "Lines that say what is about to be trained."
+def introduce(config: RunConfig, module: LanguageModule, device: str = "cpu") -> list[str]:
+    "Lines that say what is about to be trained, on which kind of device. Raises ConfigError where compiling is asked for and a compiler is missing."
     m, t, d, counts = config.model, config.trainer, config.data, parameter_counts(module.model)
     kind = "feed-forward transformer" if m.kind == "transformer" else f"energy-based transformer ({m.conditioning})"
     processes = t.devices * t.nodes
@@ -110,6 +110,7 @@ def introduce(config: RunConfig, module: LanguageModule) -> list[str]:
         fields = replay_fields(config)
         lines.append(f"replay buffer: {config.thinking.replay} samples of {d.context} x {m.vocab_size:,} candidates in {config.thinking.replay_precision}, {readable(bytes_of(config.thinking.replay, fields))} per process; "
                      f"{math.ceil(config.thinking.replay_share * d.batch_size)} of them in each batch beside {d.batch_size} fresh ones")
+    if compiles(config, device): lines.append("training steps are compiled, which takes minutes at the first update, and at the first with any other number of thinking steps")
     return lines
 
 def readable(size: int) -> str:
@@ -135,7 +136,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console) -> Iterator[None]:
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #afe5507f
+# %% ../../nbs/44_fit.ipynb #f1838746
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich") -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -151,6 +152,7 @@ def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, p
     checkpoint, step = starting_point(config, run, resume, data)
     with quiet(), threads(config.trainer.threads), fast_products(config.trainer.fast_products), keep_memory(config.trainer.keep_memory):
         trainer = build_trainer(config, Path(), [])          # what this machine cannot do is refused before a folder is made
+        compiles(config, trainer.strategy.root_device.type)
         module = build_module(config)
         if config.model.weights and checkpoint is None: start_from(module, find_checkpoint(config.model.weights, config.run.runs_dir), data.tokenizer)
         run = run or common_run(config, trainer)
@@ -166,7 +168,7 @@ def train(run: Run, config: RunConfig, module: LanguageModule, data: TextData, e
     if trainer.is_global_zero:
         prepare_folder(run, config, metrics, step)
         console.show, stop.notice = None if progress == "none" else print, console.line
-        for line in [f"run {run.dir}", *introduce(config, module), f"resumed at step {step}" if checkpoint else "new run"]: console.line(line)
+        for line in [f"run {run.dir}", *introduce(config, module, trainer.strategy.root_device.type), f"resumed at step {step}" if checkpoint else "new run"]: console.line(line)
     with stop, ending(run, trainer, console):
         if trainer.is_global_zero: recorder.trackers = build_trackers(config, run.dir, dict(parameter_counts(module.model), code=code_version(), model_summary=str(ModelSummary(module, max_depth=2))))
         failed = True
