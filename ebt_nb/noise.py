@@ -16,14 +16,15 @@ from torch import Tensor
 
 from .graph import traced
 
-# %% ../nbs/02_noise.ipynb #f4b0414b
-def mix(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    "A well-mixing bijection of int32 words (lowbias32; Wellons 2018). Works in place on its argument and returns it."
-    word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-    word.bitwise_xor_((word >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
-    return word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
+# %% ../nbs/02_noise.ipynb #fb808443
+def mix(word: Int[Tensor, "*shape"], spare: Int[Tensor, "*shape"] | None = None) -> Int[Tensor, "*shape"]:
+    "A well-mixing bijection of int32 words (lowbias32; Wellons 2018). Works in place on its argument and returns it; shifted copies are written to `spare`."
+    def shifted(by: int) -> Tensor: return torch.bitwise_right_shift(word, by, out=spare).bitwise_and_(2 ** (32 - by) - 1)
+    word.bitwise_xor_(shifted(16)).mul_(0x7FEB352D)
+    word.bitwise_xor_(shifted(15)).mul_(0x846CA68B - 2**32)
+    return word.bitwise_xor_(shifted(16))
 
-# %% ../nbs/02_noise.ipynb #2be0fd2f
+# %% ../nbs/02_noise.ipynb #c283fa53
 @dataclass(frozen=True)
 class Keys:
     "What a batch of random draws is keyed by: two int32 words for every sample and position."
@@ -57,20 +58,26 @@ class Keys:
     def words(self, width: int) -> Int[Tensor, "*batch width"]:
         "Uniform int32 words, `width` for every key."
         column = torch.arange(width, dtype=torch.int32, device=self.first.device).bitwise_xor_(0).mul_(0x9E3779B9 - 2**32)      # without the xor torch's compiler (2.13) takes the product for an index, and loses its overflow
-        return mix(mix(self.first[..., None] + column).add_(self.second[..., None]))
+        word = self.first[..., None] + column
+        spare = None if traced() else torch.empty_like(word)               # in a processor's cache the second time
+        return mix(mix(word, spare).add_(self.second[..., None]), spare)
 
     def uniform(self, width: int = 1, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch width"]:
         "Uniform numbers strictly between 0 and 1, in steps of 2^-23, symmetric about one half."
-        return (self.words(width).bitwise_right_shift_(9).to(dtype)).add_(2**22 + 0.5).mul_(2**-23)
+        return self._odd(width, dtype).add_(1).mul_(0.5)
+
+    def _odd(self, width: int, dtype: torch.dtype) -> Float[Tensor, "*batch width"]:
+        "Uniform numbers strictly between -1 and 1: odd multiples of 2^-23."
+        return self.words(width).bitwise_right_shift_(9).to(dtype).add_(0.5).mul_(2**-22)
 
     def normal(self, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch width"]:
         "Standard normal numbers by the inverse error function; the largest is 5.3."
-        if traced() or not self.first.is_cpu: return self.uniform(width, dtype).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+        if traced() or not self.first.is_cpu: return self._odd(width, dtype).erfinv_().mul_(math.sqrt(2))
         drawn = torch.empty(*self.first.shape, width, dtype=dtype)
         rows, first, second = drawn.view(-1, width), self.first.reshape(-1), self.second.reshape(-1)
         many = max(1, 2**19 // width)                                     # at a time: what fits into a processor's cache is made there
         for few in (slice(begin, begin + many) for begin in range(0, len(rows), many)):
-            torch.erfinv(Keys(first[few], second[few]).uniform(width, dtype).mul_(2).sub_(1), out=rows[few]).mul_(math.sqrt(2))
+            torch.erfinv(Keys(first[few], second[few])._odd(width, dtype), out=rows[few]).mul_(math.sqrt(2))
         return drawn
 
 def _word(number: int) -> int:

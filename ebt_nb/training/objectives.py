@@ -6,7 +6,7 @@
 __all__ = ['Keep', 'cross_entropy', 'Outcome', 'Scorer', 'Differentiated', 'energy_objective', 'rows_at_once', 'learned',
            'counted', 'contrast', 'Lesson', 'mean_nats', 'feed_forward_objective']
 
-# %% ../../nbs/40_objectives.ipynb #bcc125ef
+# %% ../../nbs/40_objectives.ipynb #67bb1d02
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,7 +22,7 @@ from ..models.energy import EnergyTransformer
 from ..models.transformer import Transformer
 from ..noise import Keys
 from ..thinking.descent import Descent, Energy, Trace, check_finite
-from ..thinking.scoring import chunks, embed_into, move_and_score, score, score_next
+from ..thinking.scoring import TableSum, chunks, embed_into, move_and_score, score, score_next
 from ..thinking.spaces import State, TokenSpace
 from ..thinking.verify import think
 
@@ -41,13 +41,13 @@ class Outcome:
     trace: Trace | None = None
     contrastive: Float[Tensor, ""] | None = None
 
-# %% ../../nbs/40_objectives.ipynb #db7519f2
+# %% ../../nbs/40_objectives.ipynb #1a1695e2
 class Scorer:
     """A token space whose moves are scored as they are made. Before a detached step begins, and when all is over (`settle`), what is owed is handed to `differentiate`.
 
     Gradients with respect to the table, from wherever it is met, are added to `table_sum`. With `reuse`, detached steps write over candidates that are not needed any more: two take turns, however many steps there are.
     """
-    def __init__(self, space: TokenSpace, targets: Int[Tensor, "batch seq"], count: Int[Tensor, ""], objective: Objective, steps: int, detached: bool, differentiate: Callable[[Tensor], None], table_sum: Float[Tensor, "vocab width"] | None, reuse: bool):
+    def __init__(self, space: TokenSpace, targets: Int[Tensor, "batch seq"], count: Int[Tensor, ""], objective: Objective, steps: int, detached: bool, differentiate: Callable[[Tensor], None], table_sum: TableSum | None, reuse: bool):
         self.reuse, self.spare = reuse and detached, None
         self.space, self.targets, self.count, self.objective, self.steps, self.detached, self.differentiate, self.table_sum = space, targets, count, objective, steps, detached, differentiate, table_sum
         self.weights = (targets != IGNORE).to(space.table.dtype) / (count * (steps if objective.steps == "mean" else 1))       # a loss is a mean over `count` targets
@@ -131,7 +131,7 @@ class _Learned(torch.autograd.Function):
         as_they_are = is_one(to_loss)
         return None, None, *(g if g is None or as_they_are else g * to_loss for g in gradients)
 
-# %% ../../nbs/40_objectives.ipynb #06916b95
+# %% ../../nbs/40_objectives.ipynb #1fbcc9dd
 Keep = Literal["none", "last", "all"]
 
 def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Descent, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"],
@@ -197,18 +197,20 @@ class Lesson:
         "The outcome without a graph, and the gradients of its loss with respect to the weights."
         parts = [slice(begin, begin + self.rows) for begin in range(0, len(inputs), self.rows)]
         total, count = Differentiated(learned(self.model, self.descent)), counted(targets)
+        table_sum = total.sum_of(self.space.table)
+        table = None if table_sum is None else TableSum(table_sum)
         with torch.enable_grad():
-            found = [self._learn_rows(inputs[part], targets[part], keys if len(parts) == 1 else keys.select(part), None if start is None else start[part], count, total) for part in parts]
+            found = [self._learn_rows(inputs[part], targets[part], keys if len(parts) == 1 else keys.select(part), None if start is None else start[part], count, total, table) for part in parts]
         step_losses, traces, contrastive = zip(*found)
         return Outcome(total.loss, [sum(losses) for losses in zip(*step_losses)], Trace.join(traces), sum(contrastive) if self.objective.contrastive else None), total.sums
 
-    def _learn_rows(self, inputs: Tensor, targets: Tensor, keys: Keys, start: Tensor | None, count: Tensor, total: Differentiated) -> tuple[list[Tensor], Trace, Tensor | None]:
+    def _learn_rows(self, inputs: Tensor, targets: Tensor, keys: Keys, start: Tensor | None, count: Tensor, total: Differentiated, table: TableSum | None) -> tuple[list[Tensor], Trace, Tensor | None]:
         "Think about some rows of a batch in which `count` targets are scored, and add to `total` what they cost and teach. Returns losses of steps, the trace, and the contrastive term."
         model, space, objective = self.model, self.space, self.objective
         context, whole, leaves = model.observe(inputs).cut()
         whole, leaves = ([t for t in ts if t.requires_grad] for ts in (whole, leaves))
         energy, asked = model.given(context), [None] * len(leaves)
-        scorer = Scorer(space, targets, count, objective, len(self.visits), self.descent.policy.detach, lambda loss: total.add(loss, leaves, asked), total.sum_of(space.table), self.keep != "all")
+        scorer = Scorer(space, targets, count, objective, len(self.visits), self.descent.policy.detach, lambda loss: total.add(loss, leaves, asked), table, self.keep != "all")
         trace = self.descent(energy, scorer, start, keys, self.visits, keep=self.keep == "all", dtype=model.energy_head.weight.dtype)
         contrastive = contrast(energy, space, targets, count, trace.energies[-1], model.landscapes - 1) if objective.contrastive else None
         scorer.settle(None if contrastive is None else objective.contrastive * contrastive)
