@@ -124,7 +124,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #e4394c21
+# %% ../nbs/00_config.ipynb #b9050389
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -166,6 +166,7 @@ class Trainer(Section):
     accelerator: str = Field("auto", description="'auto', 'cpu', 'gpu'")
     devices: int = Field(1, ge=1, description="devices per node")
     nodes: int = Field(1, ge=1, description="nodes")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="how several devices share the work: each with a whole model (ddp, what auto takes), or with its part of weights, gradients and optimiser state (fsdp; GPUs only)")
     threads: int = Field(0, ge=0, description="CPU threads of the process; 0 leaves torch's choice")
     fast_products: bool = Field(True, description="let oneDNN multiply float32 where it is exact and torch's default is slow (AMD processors)")
     keep_memory: bool = Field(True, description="on a CPU under Linux, keep memory once used instead of returning it after every operation; faster, and held until training ends")
@@ -182,6 +183,7 @@ class Trainer(Section):
     @model_validator(mode="after")
     def _possible(self):
         if self.compile and self.recompute: raise ValueError("compile: a compiler would not compute anything twice, as trainer.recompute asks; set trainer.compile=false or trainer.recompute=false")
+        if self.compile and self.strategy == "fsdp": raise ValueError("compile: a step whose weights are gathered from other devices is not compiled; set trainer.compile=false or trainer.strategy=ddp")
         return self
 
 class Inference(Section):
@@ -196,6 +198,7 @@ class Inference(Section):
     stop_at_end: bool = Field(True, description="the end-of-text token ends a completion")
     echo: bool = Field(False, description="show the prompt before its completion")
     packed: bool = Field(True, description="on a CPU, copies of the weights in the layout that few rows are multiplied with fastest; they take twice the weights' memory")
+    compile: bool = Field(False, description="compile a token's step as one graph of fixed shapes, which takes minutes once for each number of texts: for many long texts on a GPU")
     energies: bool = Field(False, description="EBT: report each token's final energy; costs two evaluations a token where thinking.samples is 1")
 
 class Tracking(Section):

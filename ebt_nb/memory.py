@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['give_back', 'keep_memory', 'peak_growth']
 
-# %% ../nbs/05_memory.ipynb #44d463c0
+# %% ../nbs/05_memory.ipynb #2b7ebf8d
 import ctypes
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # %% ../nbs/05_memory.ipynb #5d1b9c04
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
@@ -37,13 +39,19 @@ def keep_memory(wanted: bool = True) -> Iterator[bool]:
         for setting, value in ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26), (_TOP_PAD, 2**17)): libc.mallopt(setting, value)
         give_back()
 
-# %% ../nbs/05_memory.ipynb #dc8dbe7b
+# %% ../nbs/05_memory.ipynb #eec0dc84
 def _resident(field: str) -> int:
     "A figure of /proc/self/status, in bytes."
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
-def peak_growth(run: Callable[[], Any]) -> int:
-    "Bytes by which resident memory grew at most while something ran, over what was in use before. Raises RuntimeError where the system does not say."
+def peak_growth(run: Callable[[], Any], device: str = "cpu") -> int:
+    "Bytes by which a processor's resident memory, or what is allocated on a GPU ('cuda'), grew at most while something ran, over what was in use before. Raises RuntimeError where the system does not say."
+    if device == "cuda":
+        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists(): raise RuntimeError("peak memory is measured by way of /proc, which this system does not have")
     give_back()
     before = _resident("VmRSS")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Copies', 'FEW', 'KERNELS', 'Packed', 'packed', 'linear', 'pull_linear', 'mkl_is_slow', 'fast_products']
 
-# %% ../nbs/03_products.ipynb #41f055f0
+# %% ../nbs/03_products.ipynb #e012cba4
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from .graph import traced
 
 # %% ../nbs/03_products.ipynb #e155e340
 class Packed(NamedTuple):
@@ -57,7 +59,7 @@ def _precision(setting: str | None) -> Iterator[None]:
     try: yield
     finally: matmul.fp32_precision = before
 
-# %% ../nbs/03_products.ipynb #d3736e15
+# %% ../nbs/03_products.ipynb #333d0440
 def linear(x: Float[Tensor, "*batch width"], weight: Float[Tensor, "out width"]) -> Float[Tensor, "*batch out"]:
     "x W^T."
     blocks = _blocks(x, weight, back=False)
@@ -71,7 +73,7 @@ def pull_linear(gradient: Float[Tensor, "*batch out"], weight: Float[Tensor, "ou
 def _blocks(x: Tensor, weight: Tensor, back: bool) -> Tensor | None:
     "The packed copy for this product, made if it is not there; None where it cannot be used."
     copies = _copies.get()
-    if copies is None or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled() or x.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.is_cuda or torch.is_autocast_enabled("cpu"): return None
+    if copies is None or traced() or x.numel() > FEW * x.shape[-1] or torch.is_grad_enabled() or x.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.is_cuda or torch.is_autocast_enabled("cpu"): return None
     kept = copies.get((id(weight), back))
     if kept is None or kept.weight is not weight or kept.version != weight._version:
         rows = weight.detach()

@@ -105,7 +105,7 @@ def gated(gate_up: Float[Tensor, "*batch twice"]) -> tuple[Float[Tensor, "*batch
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up, lambda gradient: _pull_gated(gradient, gate_up)
 
-# %% ../nbs/04_twice.ipynb #fc0b29d8
+# %% ../nbs/04_twice.ipynb #34bfd532
 MANY = 8                     # candidates from which on rows as long as what they look at pay
 
 def _softmax(q: Tensor, k: Tensor, keys: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,11 +119,10 @@ def _softmax(q: Tensor, k: Tensor, keys: Tensor, hidden: Tensor | None) -> tuple
     itself = torch.sigmoid(own.to(exact) - others)
     return seen.mul_((1 - itself).to(scores.dtype)), itself.to(scores.dtype)
 
-def _asked(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, seen: Tensor, itself: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "What a gradient wants of each value and of its own, over what it gets (gamma - m); and what scores are asked for (a, a_*)."
+def _asked(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    "What scores are asked for, a; and what a gradient wants of the candidate's own value over what it gets, gamma_* - m."
     gets = (gradient * mixed).sum(-1, keepdim=True)
-    over, over_itself = (gradient @ values.transpose(-2, -1)).sub_(gets), (gradient * v).sum(-1, keepdim=True) - gets
-    return over, over_itself, over * seen, itself * over_itself
+    return (gradient @ values.transpose(-2, -1)).sub_(gets).mul_(seen), (gradient * v).sum(-1, keepdim=True) - gets
 
 def _in_their_format(function: Callable) -> Callable:
     "Compute in the format of the inputs: what autocast multiplies in 16 bits comes in 16 bits, and need not be cast again for every product."
@@ -154,8 +153,9 @@ class _PullAttended(torch.autograd.Function):
     @staticmethod
     @_in_their_format
     def forward(ctx, gradient, q, k, v, keys, values, seen, itself, mixed):
-        over, over_itself, asked, asked_itself = _asked(gradient, v, values, mixed, seen, itself)
-        ctx.save_for_backward(gradient, q, k, v, keys, values, seen, itself, over, over_itself)
+        asked, over_itself = _asked(gradient, v, values, mixed, seen)
+        asked_itself = itself * over_itself
+        ctx.save_for_backward(gradient, q, k, v, keys, values, seen, itself, asked, over_itself)
         ctx.set_materialize_grads(False)
         return (asked @ keys).addcmul_(asked_itself, k), asked_itself * q, itself * gradient, asked, seen
 
@@ -163,25 +163,24 @@ class _PullAttended(torch.autograd.Function):
     @once_differentiable
     @_in_their_format
     def backward(ctx, w_q, w_k, w_v, w_asked, w_seen):
-        gradient, q, k, v, keys, values, seen, itself, over, over_itself = ctx.saved_tensors
+        gradient, q, k, v, keys, values, seen, itself, asked, over_itself = ctx.saved_tensors
         w_q, w_k, w_v = (torch.zeros_like(like) if w is None else w for w, like in ((w_q, q), (w_k, k), (w_v, v)))
         pushed, pushed_itself = w_q @ keys.transpose(-2, -1), (w_q * k + w_k * q).sum(-1, keepdim=True)
         if w_asked is not None: pushed += w_asked                          # this and `w_seen`: somebody differentiates what `_Attended.backward` gives keys and values
         mean = (seen * pushed).sum(-1, keepdim=True) + itself * pushed_itself
         moved, moved_itself = pushed.sub_(mean), pushed_itself - mean
-        bend, bend_itself = over * moved, over_itself * moved_itself + (gradient * w_v).sum(-1, keepdim=True)
-        if w_seen is not None: bend += w_seen
-        share, share_itself = moved.mul_(seen), itself * moved_itself
+        share, share_itself = seen * moved, itself * moved_itself
         push = (share @ values).addcmul_(share_itself, v).addcmul_(itself, w_v)
-        about = (seen * bend).sum(-1, keepdim=True) + itself * bend_itself
-        bend, bend_itself = bend.sub_(about).mul_(seen), itself * (bend_itself - about)
-        asked_itself = itself * over_itself
+        bend, bend_itself, asked_itself = moved.mul_(asked), over_itself * moved_itself + (gradient * w_v).sum(-1, keepdim=True), itself * over_itself
+        if w_seen is not None: bend.addcmul_(seen, w_seen)
+        about = bend.sum(-1, keepdim=True) + itself * bend_itself
+        bend, bend_itself = bend.addcmul_(seen, about, value=-1), itself * (bend_itself - about)
         to_q, to_k = (bend @ keys).addcmul_(bend_itself, k).addcmul_(asked_itself, w_k), (bend_itself * q).addcmul_(asked_itself, w_q)
-        to_keys = (over * seen).transpose(-2, -1) @ w_q + bend.transpose(-2, -1) @ q if ctx.needs_input_grad[4] else None
+        to_keys = asked.transpose(-2, -1) @ w_q + bend.transpose(-2, -1) @ q if ctx.needs_input_grad[4] else None
         to_values = share.transpose(-2, -1) @ gradient if ctx.needs_input_grad[5] else None
         return push, to_q, to_k, share_itself * gradient, to_keys, to_values, None, None, None
 
-# %% ../nbs/04_twice.ipynb #d1b17775
+# %% ../nbs/04_twice.ipynb #43c01ec3
 def attended(q: Float[Tensor, "batch heads cand head"], k: Float[Tensor, "batch heads cand head"], v: Float[Tensor, "batch heads cand head"],
              keys: Float[Tensor, "batch heads seq head"], values: Float[Tensor, "batch heads seq head"], hidden: Bool[Tensor, "*rows cand seq"] | None) -> tuple[Float[Tensor, "batch heads cand head"], Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Attention of candidates on the observed tokens that are not `hidden` from them (None: none is) and each on itself; and the pullback to (q, k, v).
@@ -201,6 +200,7 @@ def attended(q: Float[Tensor, "batch heads cand head"], k: Float[Tensor, "batch 
     mixed = (seen @ values).addcmul_(itself, v)
 
     def still(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, _, asked, asked_itself = _asked(gradient, v, values, mixed, seen, itself)
+        asked, over_itself = _asked(gradient, v, values, mixed, seen)
+        asked_itself = itself * over_itself
         return (asked @ keys).addcmul_(asked_itself, k) * scale, asked_itself * q, itself * gradient
     return mixed, still

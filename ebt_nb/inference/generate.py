@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 'chosen', 'likely', 'draw_token', 'first_seen',
-           'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'Generator', 'padded',
-           'with_settings', 'load_generator', 'generate']
+           'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'fixed_shapes',
+           'predict_in_graph', 'Generator', 'padded', 'with_settings', 'load_generator', 'generate']
 
-# %% ../../nbs/50_generate.ipynb #3d0168bb
+# %% ../../nbs/50_generate.ipynb #d62c5765
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, Inference, RunConfig, WorkbenchError, changed, keys, nearest, parse_overrides
 from ..data.text import TextTokenizer, load_tokenizer
-from ..models.layers import Context
+from ..graph import Graphs, missing_compiler
+from ..models.layers import Context, KeyValue
 from ..products import Copies, packed
 from ..noise import Keys
 from ..thinking.verify import think
@@ -172,7 +173,27 @@ def check_tokens(name: str, tokens: list[int], vocabulary: int) -> None:
     for token in tokens:
         if not 0 <= token < vocabulary: raise WorkbenchError(f"{name}: there is no token {token}; the vocabulary has {vocabulary}, from 0 to {vocabulary - 1}")
 
-# %% ../../nbs/50_generate.ipynb #86d89e93
+# %% ../../nbs/50_generate.ipynb #87e4b535
+def fixed_shapes(module: LanguageModule, inference: Inference) -> Graphs | None:
+    "Where graphs of a token's step are kept, if they are to be made. Raises ConfigError where they cannot be."
+    if not inference.compile: return None
+    missing = missing_compiler(next(module.parameters()).device.type)
+    if missing: raise ConfigError(f"inference.compile: {missing}, or set inference.compile=false")
+    if module.config.thinking.early_stop is not None: raise ConfigError("inference.compile: a graph takes every step, and thinking.early_stop asks to stop early; leave one of them out")
+    return Graphs()
+
+def predict_in_graph(graphs: Graphs, module: LanguageModule, context: Context, lengths: Int[Tensor, "batch"], newest: Int[Tensor, "batch"], keys: Keys, judged: bool = False) -> Prediction:
+    "`predict` when each row's newest token was read behind its first `lengths`: one graph of fixed shapes, which writes into the context's buffers."
+    def step(layers, lengths, newest, first, second):
+        fixed = Context({r: [KeyValue(*kept) for kept in buffers] for r, buffers in zip(context.layers, layers)}, context.front, lengths, room=1, fixed=True)
+        module.model.extend(fixed, newest)
+        return tuple(predict(module, fixed, Keys(first, second), judged))
+
+    layers = [[tuple(kept) for kept in buffers] for buffers in context.layers.values()]
+    with torch.no_grad(): found = graphs(step, [m for m in (module.model, module.descent) if m is not None], layers, lengths, newest, keys.first, keys.second, about=(judged, module.config.thinking.model_dump_json()))
+    return Prediction(*found)
+
+# %% ../../nbs/50_generate.ipynb #b68a3920
 class Generator:
     """Draws text from a module under the `inference` section (that of its configuration by default).
 
@@ -184,6 +205,7 @@ class Generator:
         self.context, self.vocabulary = module.config.data.context, module.config.model.vocab_size
         self.weights = list(module.parameters())
         self.copies: Copies | None = {} if cached and self.inference.packed else None
+        self.graphs = fixed_shapes(module, self.inference) if cached else None
         self.ends = {tokenizer.end_of_text} if tokenizer is not None and self.inference.stop_at_end else set()
 
     def begin(self, prompts: Sequence[str | Sequence[int]], numbers: Sequence[int] | None = None) -> list[Completion]:
@@ -220,14 +242,19 @@ class Generator:
             with at_rest(self.module, self.weights), packed(self.copies):
                 if not self.cached: prediction = self.plainly(texts, starts, lengths, places, going)
                 else:
-                    if context is None or starts != begins: context, begins = self.observe(texts, starts, lengths), starts
-                    else: self.module.model.extend(context, torch.tensor([text[-1] for text in texts], device=device))
-                    prediction = predict(self.module, context, here, self.inference.energies)
+                    anew, newest = context is None or starts != begins, torch.tensor([text[-1] for text in texts], device=device)
+                    if anew: context, begins = self.observe(texts, starts, lengths), starts
+                    if not anew and self.graphs: prediction = predict_in_graph(self.graphs, self.module, context, lengths - 1, newest, here, self.inference.energies)
+                    else:
+                        if not anew: self.module.model.extend(context, newest)
+                        prediction = predict(self.module, context, here, self.inference.energies)
             drawn = draw_token(prediction.logits, self.inference, here)
             log_probabilities = prediction.logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
             columns = [c.tolist() if c is not None else [None] * len(going) for c in (drawn, log_probabilities, prediction.energies if self.judged else None, prediction.steps)]
-            for i, *values in zip(going, *columns): yield note(i, rows[i], tuple(values), self.tokenizer, self.inference, self.ends)
+            for i, *values in zip(going, *columns):
+                if rows[i].finish is None: yield note(i, rows[i], tuple(values), self.tokenizer, self.inference, self.ends)
             left = [k for k, i in enumerate(going) if rows[i].finish is None]
+            if left and self.graphs: continue                              # in the same shapes: what is finished is thought about in vain
             if context is not None and 0 < len(left) < len(going): context, begins = context.select(torch.tensor(left, device=device)), [begins[k] for k in left]
             going = [going[k] for k in left]
 
@@ -241,7 +268,8 @@ class Generator:
     def observe(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"]) -> Context:
         "The context of what is seen of texts, with room for what may come."
         seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
-        return self.module.model.observe(seen, lengths, min(self.context - seen.shape[1], self.inference.max_new_tokens))
+        room = self.context - seen.shape[1]
+        return self.module.model.observe(seen, lengths, room if self.graphs else min(room, self.inference.max_new_tokens))
 
     def plainly(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"], places: Keys, rows: list[int]) -> Prediction:
         "The prediction without a cache."

@@ -237,13 +237,14 @@ class Block(nn.Module):
         "Shift, scale and gate of each half; nothing where the block is plain."
         return ((), ()) if self.adaptive is None else self.adaptive(F.silu(step)).unflatten(0, (2, 3, -1))
 
-# %% ../../nbs/10_layers.ipynb #f6518266
+# %% ../../nbs/10_layers.ipynb #2a351c9a
 @dataclass
 class Context:
     """Keys and values of every layer, by landscape; `None` is the key where all landscapes share them.
 
     `front` counts tokens that stand before the observed ones; `room` how many more fit behind the longest row; `lengths` the observed tokens of each row, where rows can differ or grow; `newest` is the
     final state of each row's newest token, where the model predicts from it; `unread` are embedded newest tokens that have their place, but have not been run through the layers.
+    Where it is `fixed`, candidates look at the whole buffer, room and all, and what is not observed is hidden from them: every token is as much work, in the same shapes (for a graph, `02_graph`).
     """
     layers: dict[int | None, list[KeyValue]]
     front: int = 0
@@ -251,6 +252,7 @@ class Context:
     room: int = 0
     newest: Float[Tensor, "batch width"] | None = None
     unread: Float[Tensor, "batch 1 width"] | None = None
+    fixed: bool = False
     sights: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -260,13 +262,13 @@ class Context:
 
     @property
     def length(self) -> int:
-        "Observed tokens, of the longest row."
-        return self.buffer.shape[2] - self.front - self.room
+        "Observed tokens, of the longest row; where it is fixed, with its room."
+        return self.buffer.shape[2] - self.front - (0 if self.fixed else self.room)
 
     def of(self, landscape: int | None) -> list[KeyValue]:
         "The layers that a candidate of this landscape looks at, without room."
         key, end = None if None in self.layers else landscape, self.front + self.length
-        if not self.room: return self.layers[key]
+        if not self.room or self.fixed: return self.layers[key]
         if key not in self.sights: self.sights[key] = [KeyValue(keys[:, :, :end], values[:, :, :end]) for keys, values in self.layers[key]]
         return self.sights[key]
 
@@ -286,7 +288,7 @@ class Context:
         if key not in self.sights:
             positions = torch.cat([self.positions() - 1] * newest + [self.positions(candidates)] * samples, -1)
             hidden = hidden_from_candidates(positions, self.front + self.length)
-            self.sights[key] = rotary_angles(positions, self.buffer.shape[-1], rope_base, dtype), None if candidates == 1 and not traced() and not hidden.any() else hidden
+            self.sights[key] = rotary_angles(positions, self.buffer.shape[-1], rope_base, dtype), None if candidates == 1 and not traced() and not self.fixed and not hidden.any() else hidden
         return self.sights[key]
 
     def cut(self) -> tuple["Context", list[Tensor], list[Tensor]]:
@@ -303,7 +305,7 @@ class Context:
         lengths = None if self.lengths is None else self.lengths[rows]
         if length is not None: return Context(layers, self.front, None if lengths is None else lengths.clamp(max=length))
         room = 0 if lengths is None else self.buffer.shape[2] - self.front - int(lengths.max())
-        return Context(layers, self.front, lengths, room, *(None if new is None else new[rows] for new in (self.newest, self.unread)))
+        return Context(layers, self.front, lengths, room, *(None if new is None else new[rows] for new in (self.newest, self.unread)), self.fixed)
 
 # %% ../../nbs/10_layers.ipynb #d48edd0c
 def with_room(context: Context, lengths: Int[Tensor, "batch"] | None = None, room: int = 0) -> Context:

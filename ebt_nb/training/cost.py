@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Precision', 'COUNTED', 'Shape', 'model_to_measure', 'batch_to_measure', 'train_once', 'flops', 'fewest_flops',
-           'matrix_rate', 'compare_steps', 'memory_of_step']
+           'seconds_of', 'matrix_rate', 'compare_steps', 'memory_of_step']
 
 # %% ../../nbs/45_cost.ipynb #d4074ab1
 import statistics
@@ -21,7 +21,7 @@ from ..memory import keep_memory, peak_growth
 from ..products import fast_products
 from .module import Batch, LanguageModule, build_module
 
-# %% ../../nbs/45_cost.ipynb #8d839618
+# %% ../../nbs/45_cost.ipynb #f0d8d121
 @dataclass(frozen=True)
 class Shape:
     "What is measured: a model's size and variant, its vocabulary, tokens of context, thinking steps, and sequences in a batch."
@@ -34,20 +34,20 @@ class Shape:
 
 Precision = Literal["32-true", "bf16-mixed"]
 
-def model_to_measure(shape: Shape, kind: str = "ebt") -> LanguageModule:
-    "An untrained model of a shape, an energy model or the baseline ('transformer'). Raises ConfigError for what cannot be."
+def model_to_measure(shape: Shape, kind: str = "ebt", device: str = "cpu", compiled: bool = False) -> LanguageModule:
+    "An untrained model of a shape, an energy model or the baseline ('transformer'), on a device, its steps compiled if asked. Raises ConfigError for what cannot be."
     tree = build_config("text/quickstart", {"model.size": shape.size, "model.kind": kind}).model_dump()
-    for section, changes in dict(model=dict(vocab_size=shape.vocab, conditioning=shape.conditioning), data=dict(context=shape.context, tokenizer="none"), thinking=dict(steps=shape.steps)).items(): tree[section] |= changes
-    return build_module(checked(tree))
+    for section, changes in dict(model=dict(vocab_size=shape.vocab, conditioning=shape.conditioning), data=dict(context=shape.context, tokenizer="none"), thinking=dict(steps=shape.steps), trainer=dict(compile=compiled)).items(): tree[section] |= changes
+    return build_module(checked(tree)).to(device)
 
-def batch_to_measure(shape: Shape) -> Batch:
+def batch_to_measure(shape: Shape, device: str = "cpu") -> Batch:
     "A batch of random tokens."
-    tokens = torch.randint(shape.vocab, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(0))
-    return dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(shape.batch))
+    tokens = torch.randint(shape.vocab, (shape.batch, shape.context + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    return dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(shape.batch, device=device))
 
 def train_once(module: LanguageModule, batch: Batch, precision: Precision = "32-true") -> float:
     "Forward and backward, as Lightning does them; the gradients are left on the weights. Returns the loss."
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"): loss = module.outcome(batch, 0).loss
+    with torch.autocast(batch["inputs"].device.type, torch.bfloat16, enabled=precision == "bf16-mixed"): loss = module.outcome(batch, 0).loss
     loss.backward()
     return loss.item()
 
@@ -64,7 +64,7 @@ def flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter: run()
     return counter.get_total_flops()
 
-# %% ../../nbs/45_cost.ipynb #44ba5542
+# %% ../../nbs/45_cost.ipynb #99082f7c
 def fewest_flops(shape: Shape, kind: str = "ebt") -> float:
     "Operations per token that a training step needs, for variants with one context for all steps. Raises ValueError for the others."
     config = model_to_measure(shape, kind).config.model
@@ -72,37 +72,46 @@ def fewest_flops(shape: Shape, kind: str = "ebt") -> float:
     width, hidden, layers = config.width, int(config.width * config.ffn_multiplier), config.layers
     attention_weights, ffn_weights, vocabulary, context = 4 * width**2, 3 * width * hidden, shape.vocab * width, shape.context * width
     block = attention_weights + ffn_weights
-    if kind == "transformer": return 2 * (3 * layers * block + 3 * vocabulary + 7 * layers * context)
-    observed = 3 * (layers * block - ffn_weights - 2 * width**2) + 7 * (layers - 1) * context
+    if kind == "transformer": return 2 * (3 * layers * block + 3 * vocabulary + 6 * layers * context)
+    observed = 3 * (layers * block - ffn_weights - 2 * width**2) + 6 * (layers - 1) * context
     return 2 * (observed + shape.steps * (6 * layers * block + 5 * vocabulary + 12 * layers * context))
 
-# %% ../../nbs/45_cost.ipynb #73d4ca8f
-def matrix_rate(precision: Precision = "32-true", repeats: int = 20) -> float:
-    "Operations per second of products of [1024, 384] with [384, 1536], here and now."
-    number = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-    a, b = torch.randn(1024, 384).to(number), torch.randn(384, 1536).to(number)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter(); a @ b; times.append(time.perf_counter() - begin)
-    return 2 * 1024 * 384 * 1536 / statistics.median(times)
+# %% ../../nbs/45_cost.ipynb #ccfd7c37
+def seconds_of(run: Callable[[], Any], device: str = "cpu") -> float:
+    "Wall time until something that was run is done on its device."
+    def wait(): return torch.cuda.synchronize() if device == "cuda" else None
+    wait()
+    begin = time.perf_counter(); run(); wait()
+    return time.perf_counter() - begin
 
-def compare_steps(shape: Shape, precisions: Iterable[Precision] = ("32-true", "bf16-mixed"), repeats: int = 5, fast: bool = True, kept: bool = True) -> dict[str, Any]:
+def matrix_rate(precision: Precision = "32-true", repeats: int = 20, device: str = "cpu") -> float:
+    "Operations per second of products of [1024, 384] with [384, 1536] on a processor, of [8192, 8192] with its like on a GPU, here and now."
+    number = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (1024, 384, 1536)
+    a, b = torch.randn(rows, inner, device=device).to(number), torch.randn(inner, columns, device=device).to(number)
+    return 2 * rows * inner * columns / statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
+
+def compare_steps(shape: Shape, precisions: Iterable[Precision] = ("32-true", "bf16-mixed"), repeats: int = 5, fast: bool = True, kept: bool = True, device: str = "cpu", compiled: bool = False) -> dict[str, Any]:
     """Seconds of a step of an energy model and of the baseline, in turn, in several precisions; and how they stand to each other, to the machine and to the arithmetic.
 
-    `fast` and `kept` as `trainer.fast_products` and `trainer.keep_memory` say.
+    `fast`, `kept` and `compiled` as `trainer.fast_products`, `trainer.keep_memory` and `trainer.compile` say. Raises ConfigError where steps are to be compiled and cannot be.
     """
-    modules, batch, tokens = {kind: model_to_measure(shape, kind) for kind in ("ebt", "transformer")}, batch_to_measure(shape), shape.batch * shape.context
+    kinds, batch, tokens = ("ebt", "transformer"), batch_to_measure(shape, device), shape.batch * shape.context
+    modules = {kind: model_to_measure(shape, kind, device, compiled) for kind in kinds}
     times = {(kind, precision): [] for precision in precisions for kind in modules}
     with fast_products(fast), keep_memory(kept):
-        counts = {kind: flops(lambda: train_once(module, batch)) / tokens for kind, module in modules.items()}
+        counts = {}
+        for kind in kinds:
+            uncompiled = model_to_measure(shape, kind, device)               # operations of a graph are not seen
+            counts[kind] = flops(lambda: train_once(uncompiled, batch)) / tokens
         for repeat in range(repeats + 1):
             for (kind, precision), seconds in times.items():
                 modules[kind].zero_grad()
-                begin = time.perf_counter(); train_once(modules[kind], batch, precision)
-                if repeat: seconds.append(time.perf_counter() - begin)
-        rates = {precision: matrix_rate(precision) for precision in precisions}
+                taken = seconds_of(lambda: train_once(modules[kind], batch, precision), device)
+                if repeat: seconds.append(taken)
+        rates = {precision: matrix_rate(precision, device=device) for precision in precisions}
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
-    found = asdict(shape) | dict(threads=torch.get_num_threads(), fast_products=fast, keep_memory=kept, ebt_mflop_per_token=counts["ebt"] / 1e6, transformer_mflop_per_token=counts["transformer"] / 1e6, precisions={})
+    found = asdict(shape) | dict(device=device, compiled=compiled, threads=torch.get_num_threads(), fast_products=fast, keep_memory=kept, ebt_mflop_per_token=counts["ebt"] / 1e6, transformer_mflop_per_token=counts["transformer"] / 1e6, precisions={})
     if shape.conditioning in ("default", "step_embed"): found["over_fewest_flops"] = counts["ebt"] / fewest_flops(shape)
     for precision in precisions:
         ebt, transformer = medians["ebt", precision], medians["transformer", precision]
@@ -110,13 +119,13 @@ def compare_steps(shape: Shape, precisions: Iterable[Precision] = ("32-true", "b
                                               gflops_of_machine=rates[precision] / 1e9, ebt_fraction_of_machine=counts["ebt"] * tokens / ebt / rates[precision])
     return found
 
-# %% ../../nbs/45_cost.ipynb #dc7456c7
-def memory_of_step(shape: Shape, kind: str = "ebt", precision: Precision = "32-true") -> dict[str, Any]:
+# %% ../../nbs/45_cost.ipynb #5ac765f1
+def memory_of_step(shape: Shape, kind: str = "ebt", precision: Precision = "32-true", device: str = "cpu", compiled: bool = False) -> dict[str, Any]:
     "Peak growth of a training step in bytes, over weights, gradients and optimiser state. Raises RuntimeError where the system does not say."
-    module, batch = model_to_measure(shape, kind), batch_to_measure(shape)
+    module, batch = model_to_measure(shape, kind, device, compiled), batch_to_measure(shape, device)
     with fast_products(), keep_memory():
-        train_once(module, {name: t[:1, :8] if t.ndim > 1 else t[:1] for name, t in batch.items()}, precision)       # what is made once is there
+        train_once(module, batch if compiled else {name: t[:1, :8] if t.ndim > 1 else t[:1] for name, t in batch.items()}, precision)       # what is made once is there
         module.zero_grad()
-        growth = peak_growth(lambda: train_once(module, batch, precision))
+        growth = peak_growth(lambda: train_once(module, batch, precision), device)
     gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
-    return asdict(shape) | dict(kind=kind, precision=precision, peak_growth_bytes=growth - gradients, gradient_bytes=gradients)
+    return asdict(shape) | dict(kind=kind, precision=precision, device=device, compiled=compiled, peak_growth_bytes=growth - gradients, gradient_bytes=gradients)
