@@ -320,8 +320,8 @@ def grow(context: Context) -> None:
     if context.lengths is None or context.room < 1: raise ValueError(f"a context of {context.length} tokens without room for another: observe with room, as many as are to be appended")
     context.lengths, context.room, context.sights = context.lengths + 1, context.room - 1, {}
 
-# %% ../../nbs/10_layers.ipynb #f6bbec83
-def recomputed(function: Callable, *inputs: Tensor, recompute: bool = True) -> Any:
+# %% ../../nbs/10_layers.ipynb #a8df7031
+def recomputed(function: Callable, *inputs: Tensor | None, recompute: bool = True) -> Any:
     "function(*inputs); if `recompute`, with a graph that keeps the inputs only and computes the rest once more."
     if not (recompute and torch.is_grad_enabled()): return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
