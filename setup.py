@@ -13,14 +13,15 @@ package = settings["lib_path"]
 
 
 class BuildWithExperiments(build_py):
-    "Put the experiment notebooks into the wheel, so that `ebt run` works without a checkout."
+    "Put the experiment notebooks and cluster headers into the wheel, so that `ebt run` and `ebt submit` work without a checkout."
 
     def run(self):
         super().run()
         if self.editable_mode: return
-        target = Path(self.build_lib, package, "experiments")
-        target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted(Path(settings["nbs_path"], "experiments").glob("*.ipynb")): shutil.copyfile(notebook, target / notebook.name)
+        for folder, pattern in [(Path(settings["nbs_path"], "experiments"), "*.ipynb"), (Path("job_scripts", "slurm_headers"), "*.slurm")]:
+            target = Path(self.build_lib, package, folder.name)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in sorted(folder.glob(pattern)): shutil.copyfile(file, target / file.name)
 
 
 setup(

@@ -2,6 +2,8 @@
 # From a fresh checkout to a trained model and its report: sets up .venv, then trains a small energy model and its baseline on the embedded novels.
 # Whatever is given is handed on to `ebt run`, such as: bash job_scripts/quickstart.sh -p trainer.max_steps=100 --runs-dir /tmp/runs
 set -euo pipefail
-here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+here=$(cd -P "$(dirname "${script%%.sh *}")/.." && pwd)
 bash "$here/job_scripts/setup.sh"
 exec "$here/.venv/bin/ebt" run pretrain --preset text/quickstart "$@"

@@ -145,7 +145,7 @@ def test_a_job_outlives_its_terminal(tmp_path, notebook):
 def test_a_failing_cell(tmp_path, notebook):
     code, out, err = ebt("run", notebook("print('so far so good')", "{}['missing']", "print('never')"), "--runs-dir", tmp_path / "runs")
     folder = only_folder(tmp_path / "runs")
-    assert code == 1 and err == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\n"
+    assert code == 1 and err == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\nOnce the cause is mended, go on with `ebt run {tmp_path}/job.ipynb --folder {folder}`\n"
     assert "so far so good" in out and "never" not in out and "KeyError" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "failed"
 
@@ -166,7 +166,7 @@ def test_interrupted(tmp_path, notebook, number, notices):
         process.send_signal(number)
         out, err = process.communicate()
     folder = only_folder(tmp_path / "runs")
-    assert process.returncode == 130 and err == "ebt: interrupted\n"
+    assert process.returncode == 130 and err == f"ebt: job: interrupted; go on with `ebt run {job} --folder {folder}`\n"
     assert "saved" in out and "never" not in out and "saved" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "interrupted"
 
@@ -181,7 +181,7 @@ def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, noteb
             assert "not now\n" in lines
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
-    assert process.returncode == 130 and err.endswith("ebt: interrupted\n") and "Traceback" not in err
+    assert process.returncode == 130 and re.search(r"ebt: job: interrupted; go on with .*\n$", err) and "Traceback" not in err
     assert read_status(only_folder(tmp_path / "runs"))["status"] == "interrupted"
 
 

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import readme
 
-TOP = ["nbs", "ebt_nb", "job_scripts", "tests", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"]
+TOP = ["nbs", "ebt_nb", "job_scripts", "tests", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "environment.yml"]
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.tmp~", "runs", "fixtures")
 
 
@@ -97,7 +97,7 @@ def test_builds(root, with_a_job):
     call(sys.executable, "-m", "build", "--no-isolation", ".", cwd=with_a_job)
     [wheel], [source] = (with_a_job / "dist").glob("*.whl"), (with_a_job / "dist").glob("*.tar.gz")
     files = set(zipfile.ZipFile(wheel).namelist())
-    for folder, inside in [("ebt_nb", "ebt_nb"), ("nbs/experiments", "ebt_nb/experiments")]:       # the wheel was built from the source archive, so both are complete
+    for folder, inside in [("ebt_nb", "ebt_nb"), ("nbs/experiments", "ebt_nb/experiments"), ("job_scripts/slurm_headers", "ebt_nb/slurm_headers")]:       # the wheel was built from the source archive, so both are complete
         expected = {p.relative_to(with_a_job / folder).as_posix() for p in (with_a_job / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
         assert expected and {f"{inside}/{name}" for name in expected} <= files
     assert {name.split("/")[0] for name in files} == {"ebt_nb", "ebt_workbench-0.1.0.dist-info"}
@@ -120,6 +120,7 @@ def test_installed_without_a_checkout(with_a_job, tmp_path):
     out = call(tmp_path / "fresh/bin/ebt", "run", "tiny", "-p", "word=greetings", "--runs-dir", "runs", cwd=empty)
     assert f"greetings from {site}/ebt_nb/__init__.py" in out and len(list((empty / "runs/tiny").glob("*/report.html"))) == 1
     assert "text/quickstart" in call(tmp_path / "fresh/bin/ebt", "presets", cwd=empty)
+    assert f"exec {tmp_path}/fresh/bin/ebt run tiny" in call(tmp_path / "fresh/bin/ebt", "submit", "tiny", "--cluster", "local_cpu", "--dry-run", cwd=empty)
     assets = call(python, "-c", "from importlib.resources import files; print(*sorted(p.name for p in (files('ebt_nb') / 'assets/tokenizers').iterdir()))", cwd=empty)
     assert assets.split() == ["austen_bpe_2k.json", "austen_bpe_8k.json", "gpt_neox_20b.json.gz"]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ebt_nb.config import RunConfig, build_config, load_config
+from ebt_nb.requeue import Interrupted
 from ebt_nb.runs import Run, read_status
-from ebt_nb.training.callbacks import CALLBACKS, Interrupted
+from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
 from ebt_nb.training.module import read_checkpoint
 

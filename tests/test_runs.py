@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ebt_nb.config import build_config
-from ebt_nb.runs import MetricsFile, Run, RunError, find_run, find_runs, read_metrics, read_status
+from ebt_nb.jobs.bookkeeping import leftovers, remove
+from ebt_nb.runs import MetricsFile, Run, RunError, find_run, find_runs, may_be_at_work, read_metrics, read_status
 
 
 def quickstart(runs_dir, **changes):
@@ -96,3 +97,26 @@ def test_a_run_that_cannot_be_read_is_named(tmp_path):
     (run.dir / "status.json").unlink()
     assert find_runs(tmp_path) == []
     with pytest.raises(RunError, match="none yet"): find_run("text/quickstart", tmp_path)
+
+
+def test_clearing_away_while_runs_are_made_takes_none_of_them(tmp_path):
+    "Four processes make runs and mark them done while leftovers are listed and removed again and again."
+    jobs = [subprocess.Popen([sys.executable, "-c", MANY + "\nimport os, signal\n[Run.create(build_config('text/quickstart', {'run.runs_dir': sys.argv[1]})).set_status('failed') for _ in range(5)]\nos.kill(os.getpid(), signal.SIGKILL)", str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    removed = 0
+    while any(job.poll() is None for job in jobs): removed += sum(remove(one, tmp_path) for one in leftovers(tmp_path, ["failed"], hours=0))
+    for job in jobs: job.communicate()
+    removed += sum(remove(one, tmp_path) for one in leftovers(tmp_path, ["failed"], hours=0))
+    left = find_runs(tmp_path)
+    assert removed == 10 and len(left) == 40 and {run.status for run in left} == {"running"}          # killed, and said nothing
+    assert {one.why for one in leftovers(tmp_path, ["empty"], hours=0)} == {"ended without a figure or a checkpoint"} and not list(tmp_path.rglob("*.tmp~"))
+
+
+def test_a_killed_run_is_told_from_one_at_work(tmp_path):
+    run = Run.create(quickstart(tmp_path))
+    assert read_status(run.dir)["process"]["pid"] == os.getpid() and may_be_at_work(read_status(run.dir))
+    job = subprocess.Popen([sys.executable, "-c", WRITING, str(run.dir)], stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "going\n"
+    assert read_status(run.dir)["process"]["pid"] == job.pid and may_be_at_work(read_status(run.dir))
+    job.send_signal(signal.SIGKILL)
+    job.communicate()
+    assert run.status == "running" and not may_be_at_work(read_status(run.dir))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SET_ELSEWHERE', 'NotebookError', 'NotebookFailed', 'experiments_folder', 'find_notebook', 'parameters_of',
            'default_of', 'fitted', 'split_settings', 'anchored', 'named_sources', 'Job', 'plan', 'check_data', 'Tee',
-           'headings', 'Interruptions', 'execute', 'run_notebook', 'finish', 'report_of']
+           'headings', 'Interruptions', 'execute', 'run_notebook', 'take_folder', 'on', 'settings_of',
+           'folder_of_this_job', 'signal_below', 'finish', 'report_of']
 
-# %% ../../nbs/70_notebook_jobs.ipynb #f0be9db0
-import ast, os, signal, sys, threading, time
+# %% ../../nbs/70_notebook_jobs.ipynb #b4d7ac46
+import ast, json, os, signal, sys, threading, time
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -22,7 +23,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import ebt_nb
 from ..config import TOKENIZER_SIZES, RunConfig, WorkbenchError, build_config, keys, nearest, parse_overrides, parse_value
-from ..runs import listed, new_folder, stamp, status_text, write_status
+from ..requeue import STOPPING, Interrupted, of_this_job
+from ..runs import RunError, listed, may_be_at_work, new_folder, read_status, slurm_task, stamp, status_text, write_status
 
 # %% ../../nbs/70_notebook_jobs.ipynb #3570b45f
 class NotebookError(WorkbenchError):
@@ -98,7 +100,7 @@ def named_sources() -> list[str]:
     from ebt_nb.data.text import NAMED
     return [*NAMED, *QUESTION_SETS]
 
-# %% ../../nbs/70_notebook_jobs.ipynb #08769b33
+# %% ../../nbs/70_notebook_jobs.ipynb #4bf12e45
 @dataclass(frozen=True)
 class Job:
     "A notebook, the parameters it gets, and the experiment folder it will work in; all checked, nothing made yet."
@@ -107,7 +109,7 @@ class Job:
     folder: Path
     config: RunConfig | None
 
-def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None) -> Job:
+def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None, folder: Path | str | None = None) -> Job:
     "Check everything and make nothing. Raises NotebookError or ConfigError."
     path = find_notebook(notebook)
     declared = parameters_of(path)
@@ -118,7 +120,7 @@ def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | 
     preset = preset or declared.get("preset")
     config = build_config(preset, overrides) if preset else None
     root = config.run.runs_dir if config else Path(runs_dir or "runs")
-    folder = root.expanduser().absolute() / (config.run.name if config else path.stem) / stamp()
+    folder = Path(folder).expanduser().absolute() if folder else root.expanduser().absolute() / (config.run.name if config else path.stem) / stamp()
     values = own | {name: value for name, value in [("preset", preset), ("overrides", overrides), ("run_dir", str(folder))] if name in declared}
     return Job(path, values, folder, config)
 
@@ -151,13 +153,13 @@ def headings(terminal: Tee):
         for line in found: terminal.write(f"[{time.monotonic() - start:4.0f} s] {line.lstrip('# ')}\n")
     return announce
 
-# %% ../../nbs/70_notebook_jobs.ipynb #33619b89
+# %% ../../nbs/70_notebook_jobs.ipynb #4066feb8
 class Interruptions:
-    "While entered, hands Ctrl-C and SIGTERM on to the kernel and counts them; the third ends it. Only the main thread can listen."
-    def __init__(self): self.count, self.kernel, self.previous = 0, None, {}
+    "While entered, hands Ctrl-C, SIGTERM and SIGUSR1 on to the kernel and counts them; the third ends it. Only the main thread can listen."
+    def __init__(self): self.count, self.received, self.kernel, self.previous = 0, None, None, {}
 
     def __enter__(self) -> "Interruptions":
-        if threading.current_thread() is threading.main_thread(): self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread(): self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, *STOPPING)}
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -173,18 +175,18 @@ class Interruptions:
         return Manager
 
     def note(self, number: int, frame: Any) -> None:
-        self.count += 1
+        self.count, self.received = self.count + 1, signal.Signals(number).name
         group = getattr(getattr(self.kernel, "provisioner", None), "pgid", None)
-        if group is None or not self.kernel.has_kernel: raise KeyboardInterrupt
+        if group is None or not self.kernel.has_kernel: raise Interrupted(signal=self.received)
         os.killpg(group, number if self.count < 3 else signal.SIGKILL)
 
     def stop_here(self) -> None:
         "Go no further once a signal has come, even if the notebook took no notice of it."
-        if self.count: raise KeyboardInterrupt
+        if self.count: raise Interrupted(signal=self.received)
 
-# %% ../../nbs/70_notebook_jobs.ipynb #d1493d9e
+# %% ../../nbs/70_notebook_jobs.ipynb #727f1990
 def execute(job: Job) -> None:
-    "Execute the job's notebook into its folder. Raises KeyboardInterrupt when it was interrupted, NotebookFailed with the cell's error when it failed."
+    "Execute the job's notebook into its folder. Raises Interrupted when it was stopped, NotebookFailed with the cell's error when it failed."
     with open(job.folder / "console.log", "a", encoding="utf-8") as log, Interruptions() as interruptions:
         terminal = Tee(sys.stdout, log)
         announce = headings(terminal)
@@ -195,36 +197,75 @@ def execute(job: Job) -> None:
             papermill.execute_notebook(job.notebook, job.folder / "report.ipynb", job.parameters, cwd=job.folder, kernel_name="python3", kernel_manager_class=interruptions.manager(log),
                                        extra_arguments=["--IPKernelApp.log_level=50"], progress_bar=False, stdout_file=terminal, stderr_file=terminal, autosave_cell_every=5, on_cell_start=cell_starts)
         except PapermillExecutionError as error:
-            if interruptions.count or error.ename in ("KeyboardInterrupt", "Interrupted"): raise KeyboardInterrupt from None
+            if interruptions.count or error.ename in ("KeyboardInterrupt", "Interrupted"): raise Interrupted(signal=interruptions.received or signal_below(job.folder)) from None
             raise NotebookFailed(f"{error.ename}: {error.evalue}") from None
         except (RuntimeError, OSError) as error:
             interruptions.stop_here()
             if isinstance(error, OSError): raise NotebookFailed(f"{job.folder}: the report cannot be written ({error.strerror}); free some space") from None
             raise NotebookFailed(f"the notebook's process ended ({error}); often the memory was used up") from None
 
-# %% ../../nbs/70_notebook_jobs.ipynb #b9e075d7
-def run_notebook(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None) -> Path:
-    """Run an experiment notebook as a job; returns its folder.
+# %% ../../nbs/70_notebook_jobs.ipynb #c57c9951
+def run_notebook(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None, folder: Path | str | None = None) -> Path:
+    """Run an experiment notebook as a job; returns its folder: a new one, or `folder`, which may have been made for it or hold what it left when it was stopped.
 
     Raises WorkbenchError before anything is made when something is wrong with the input, NotebookFailed when a cell fails, KeyboardInterrupt when interrupted; a report is left in both cases."""
-    job = plan(notebook, preset, settings, runs_dir)
+    if folder and preset is None and not settings: preset, settings = settings_of(folder, find_notebook(notebook).stem)
+    job = plan(notebook, preset, settings, runs_dir, folder)
+    if earlier := folder_of_this_job(job):
+        if read_status(earlier)["status"] == "done":
+            print(f"{job.notebook.stem}: done in {earlier} before this Slurm job was started again")
+            return earlier
+        job = plan(notebook, preset, settings, runs_dir, earlier)
     if job.config: check_data(job.config)
     about = dict(notebook=job.notebook.stem, parameters=job.parameters)
-    new_folder(job.folder, {"status.json": status_text("running", **about)})
+    take_folder(job, about)
     print(f"{job.notebook.stem}: working in {job.folder}", flush=True)
     try: execute(job)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         finish(job, "interrupted", about)
-        raise
+        raise Interrupted(f"{job.notebook.stem}: interrupted; {on(notebook, job)}", getattr(error, "signal", None)) from None
     except NotebookFailed as error:
         finish(job, "failed", about | dict(error=str(error)))
-        raise NotebookFailed(f"{job.notebook.stem} failed: {error}\nThe report so far: {report_of(job.folder)}") from None
+        raise NotebookFailed(f"{job.notebook.stem} failed: {error}\nThe report so far: {report_of(job.folder)}\nOnce the cause is mended, {on(notebook, job)}") from None
     finish(job, "done", about)
     summary = job.folder / "summary.txt"
     last_words = summary.read_text(encoding="utf-8").strip() if summary.is_file() else ""
     if last_words not in (job.folder / "console.log").read_text(encoding="utf-8"): print(f"\n{last_words}")
     print(f"\nreport: {report_of(job.folder)}", flush=True)
     return job.folder
+
+def take_folder(job: Job, about: dict[str, Any]) -> None:
+    "Make a job's folder, or take the one there. Raises RunError for the folder of another notebook, or one where this is done or still at work."
+    if not (job.folder / "status.json").is_file(): return new_folder(job.folder, {"status.json": status_text("running", **about)})
+    there = read_status(job.folder)
+    if there.get("notebook") != about["notebook"]: raise RunError(f"{job.folder}: is the folder of {there.get('notebook', 'a run')}, not of {about['notebook']}; give another --folder")
+    if there["status"] == "done": raise RunError(f"{job.folder}: {about['notebook']} is done there, and nothing is overwritten; give another --folder")
+    if may_be_at_work(there) and not (slurm_task() and there.get("job") == slurm_task()): raise RunError(f"{job.folder}: {about['notebook']} may still be at work there ({there.get('process')}); if it is not, set its status.json to interrupted")
+    report = job.folder / "report.ipynb"
+    if report.is_file(): report.rename(job.folder / f"report-{1 + len(list(job.folder.glob('report-*.ipynb')))}.ipynb")      # what it had when it was stopped
+    write_status(job.folder, "running", **about)
+
+def on(notebook: str | Path, job: Job) -> str:
+    "How to go on with a job."
+    return f"go on with `ebt run {notebook} --folder {job.folder}`"
+
+def settings_of(folder: Path | str, notebook: str) -> tuple[str | None, dict[str, Any]]:
+    "Preset and settings that a notebook began with in a folder; none if it has not begun."
+    folder = Path(folder).expanduser()
+    there = read_status(folder) if (folder / "status.json").is_file() else {}
+    given = dict(there.get("parameters") or {}) if there.get("notebook") == notebook else {}
+    preset, overrides = given.pop("preset", None), given.pop("overrides", {})
+    return preset, {name: value for name, value in (given | overrides).items() if name != "run_dir"}
+
+def folder_of_this_job(job: Job) -> Path | None:
+    "The folder where this Slurm job, now started again, worked on the same notebook with the same parameters before; None if there is none."
+    asked = json.loads(json.dumps(job.parameters, default=str)) | {"run_dir": None}
+    def same(there: dict[str, Any]) -> bool: return there.get("notebook") == job.notebook.stem and there.get("parameters", {}) | {"run_dir": None} == asked
+    return next((folder for folder in of_this_job(job.folder.parent) if same(read_status(folder))), None)
+
+def signal_below(folder: Path) -> str | None:
+    "The signal that stopped a run below a folder."
+    return next((status["signal"] for path in folder.glob("*/status.json") if (status := read_status(path.parent))["status"] == "interrupted" and "signal" in status), None)
 
 def finish(job: Job, status: str, details: dict[str, Any]) -> None:
     "Say how the job ended, and make the report readable in a browser."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'run_in', 'shared_out', 'fit_many', 'told', 'why']
 
-# %% ../../nbs/73_side_by_side.ipynb #98ef8dd2
+# %% ../../nbs/73_side_by_side.ipynb #4eed5994
 import os
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import RunConfig, WorkbenchError, changed
+from ..requeue import stoppable
 from ..runs import Run, RunError, is_run, read_status
 
 # %% ../../nbs/73_side_by_side.ipynb #7aedb7b7
@@ -31,9 +32,10 @@ def shared_out(config: RunConfig, processes: int) -> RunConfig:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return config if config.trainer.threads else changed(config, {"trainer.threads": max(1, cores // processes)})
 
-# %% ../../nbs/73_side_by_side.ipynb #e791f367
-TRAIN = [sys.executable, "-c", "from ebt_nb.cli import main; raise SystemExit(main())", "train", "--resume"]
+# %% ../../nbs/73_side_by_side.ipynb #f3cf23c1
+TRAIN = [sys.executable, "-c", "from ebt_nb.cli import main; raise SystemExit(main())", "train", "--as-part", "--resume"]
 
+@stoppable()
 def fit_many(configs: dict[str, RunConfig], folder: Path | str, processes: int = 1, say: Callable[[str], None] = print) -> dict[str, Run]:
     """Train a run for each configuration in `folder`/name, `processes` at a time, and return them all; those that are done are not trained again, others go on from their last checkpoint.
 

@@ -90,12 +90,12 @@ def build_model(config: RunConfig) -> EnergyTransformer | Transformer:
     if isinstance(model, EnergyTransformer) and config.model.init == "calibrated": calibrate(model, config)
     return model
 
-# %% ../../nbs/42_module.ipynb #2cab039a
+# %% ../../nbs/42_module.ipynb #5e65e47b
 def compiles(config: RunConfig, device: str) -> bool:
     "Whether training steps are compiled on a kind of device: as `trainer.compile` says, by default on a GPU. Raises ConfigError where that is asked for and a compiler is missing."
     wanted, missing = config.trainer.compile, missing_compiler(device)
     if wanted and missing: raise ConfigError(f"trainer.compile: {missing}, or set trainer.compile=false")
-    return wanted if wanted is not None else device == "cuda" and missing is None and not config.trainer.recompute
+    return wanted if wanted is not None else device == "cuda" and missing is None and not config.trainer.recompute and config.trainer.strategy != "fsdp"
 
 Batch = dict[str, Int[Tensor, "..."]]
 
@@ -132,6 +132,7 @@ class LanguageModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         outcome = self.outcome(batch, self.micro_steps)
         self.micro_steps += 1
+        if self.descent is not None: self.alpha = self.descent.step_size.detach().clone()          # here every device has it, whole
         for name, value in figures(outcome, "train").items(): self.pending[name].append(value)
         return outcome.loss
 
@@ -144,13 +145,14 @@ class LanguageModule(pl.LightningModule):
         row = dict(zip(pending, means.unbind()))
         if not torch.isfinite(row["train/loss"]):
             raise DivergenceError(f"update {update}: the training loss is not finite. Usual causes: optim.peak_lr too large (try a tenth), optim.warmup_steps too few, or 16-bit precision overflowing")
-        if self.descent is not None: row["train/alpha"] = self.descent.step_size.detach()
+        if self.descent is not None: row["train/alpha"] = self.alpha
         self.logged = {*row, "train/gradient_norm"}
         self.log_dict(row | {"lr": optimizer.param_groups[0]["lr"]}, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None) -> None:
         "Clip by the norm of the whole gradient, and log that norm."
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        most, shared_out = gradient_clip_val or math.inf, getattr(self.trainer.strategy.model, "clip_grad_norm_", None)       # FSDP's own: each device has a part of the gradient
+        norm = shared_out(most) if shared_out else nn.utils.clip_grad_norm_(self.parameters(), most)
         self.log("train/gradient_norm", norm, on_step=True, on_epoch=False, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

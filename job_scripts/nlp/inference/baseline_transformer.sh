@@ -3,7 +3,9 @@
 # First the checkpoint, if not the best of the only run called `transformer` below ./runs; all else is handed on to `ebt generate`, such as:
 #   bash job_scripts/nlp/inference/baseline_transformer.sh text/transformer:best --prompt "It was" --tokens 60 --temperature 0.7
 set -euo pipefail
-here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 checkpoint=transformer:best
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi
 bash "$here/job_scripts/setup.sh"

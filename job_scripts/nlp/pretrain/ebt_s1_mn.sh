@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
-# The paper's System 1 energy model on several nodes, as in the preset text/ebt_s1: run this on every node, with NODES, NODE (0, 1, ...), GPUS and MASTER (host:port of node 0) set.
-# Whatever is given is handed on to `ebt train`, such as: NODES=2 NODE=0 GPUS=8 MASTER=node0:29500 bash job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
+# The paper's System 1 energy model on several nodes, as in the preset text/ebt_s1. Whatever is given is handed on to `ebt train`. With Slurm (nodes, and a task for each GPU, as asked for below or on the command line):
+#   sbatch --nodes=4 job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
+# Without, run this on every node, with NODES, NODE (0, 1, ...), GPUS and MASTER (host:port of node 0) set:
+#   NODES=2 NODE=0 GPUS=8 MASTER=node0:29500 bash job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
 set -euo pipefail
-here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-nodes=${NODES:-1} node=${NODE:-0} gpus=${GPUS:-1} master=${MASTER:-localhost:29500}
+script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 bash "$here/job_scripts/setup.sh"
+if [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then
+    exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$here/.venv/bin/ebt" train --preset text/ebt_s1 -p trainer.nodes="$SLURM_JOB_NUM_NODES" -p trainer.devices="$SLURM_NTASKS_PER_NODE" "$@"
+fi
+nodes=${NODES:-1} node=${NODE:-0} gpus=${GPUS:-1} master=${MASTER:-localhost:29500}
 exec "$here/.venv/bin/torchrun" --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id ebt_s1_mn --rdzv-endpoint "$master" \
     --no-python "$here/.venv/bin/ebt" train --preset text/ebt_s1 -p trainer.nodes="$nodes" -p trainer.devices="$gpus" "$@"
