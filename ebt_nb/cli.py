@@ -353,7 +353,7 @@ def lab(args: argparse.Namespace) -> None:
     folder = checkout if os.path.isdir(checkout) else installed
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])
 
-# %% ../nbs/80_cli.ipynb #0ace8524
+# %% ../nbs/80_cli.ipynb #f50fa80f
 ADDRESS = "checkpoint file, or RUN, RUN:last, RUN:best, RUN:best/step, RUN:step=N, RUN:3 (the third), wdb:entity/project/RUN:last"
 
 def parser() -> argparse.ArgumentParser:
@@ -391,6 +391,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key; may be repeated")
     p.add_argument("--resume", metavar="ADDRESS", help="go on with this run in its folder, from its last checkpoint or the one that is named: RUN, RUN:step=N, a checkpoint file")
     p.add_argument("--checkpoint", metavar="WHICH", help="with --resume: from this checkpoint instead of the last, such as best or step=200")
+    p.add_argument("--as-part", action="store_true", help=argparse.SUPPRESS)               # of a job that is queued again as a whole
     p.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)               # one of several processes, started by `launch`
     p.add_argument("--defaults", metavar="FILE", help="site-wide defaults; the nearest ebt_defaults.yaml if left out, `none` for none")
     p = command("resume", resume, "go on with a run, in its folder")
@@ -482,7 +483,7 @@ def count(text: str) -> int:
     if not text.strip().isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
 
-# %% ../nbs/80_cli.ipynb #7a671ac7
+# %% ../nbs/80_cli.ipynb #ad4d3a87
 def main(argv: Sequence[str] | None = None) -> int:
     "Run a command; returns the exit code."
     top = parser()
@@ -500,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt as error:
         print(f"ebt: {str(error) or 'interrupted'}", file=sys.stderr)
-        if getattr(error, "signal", None) in [number.name for number in STOPPING] and (said := requeue()): print(f"ebt: {said}", file=sys.stderr)
+        if getattr(error, "signal", None) in [number.name for number in STOPPING] and not getattr(args, "as_part", False) and (said := requeue()): print(f"ebt: {said}", file=sys.stderr)
         return 130
     except BrokenPipeError:          # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@
 __all__ = ['AGENT', 'RANK', 'starter', 'settings', 'end_with_parent', 'torchrun', 'handing_on', 'launch', 'ended',
            'run_of_this_job']
 
-# %% ../../nbs/74_launch.ipynb #1f951864
+# %% ../../nbs/74_launch.ipynb #96b86a2c
 import contextlib
 import ctypes
 import json
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from ..config import ConfigError, RunConfig

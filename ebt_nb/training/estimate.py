@@ -6,8 +6,7 @@
 __all__ = ['STATES', 'free_memory', 'free_disk', 'Estimate', 'estimate', 'step_memory', 'readable', 'check_room', 'check_cache',
            'text_bytes', 'prepared_before']
 
-# %% ../../nbs/43_estimate.ipynb #3b03c9b9
-import math
+# %% ../../nbs/43_estimate.ipynb #cbb765e0
 import os
 import shutil
 from collections.abc import Iterable
