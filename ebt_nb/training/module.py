@@ -90,13 +90,14 @@ def build_model(config: RunConfig) -> EnergyTransformer | Transformer:
     if isinstance(model, EnergyTransformer) and config.model.init == "calibrated": calibrate(model, config)
     return model
 
-# %% ../../nbs/42_module.ipynb #5e65e47b
+# %% ../../nbs/42_module.ipynb #bf04d7f9
 def compiles(config: RunConfig, device: str) -> bool:
     "Whether training steps are compiled on a kind of device: as `trainer.compile` says, by default on a GPU. Raises ConfigError where that is asked for and a compiler is missing."
     wanted, missing = config.trainer.compile, missing_compiler(device)
     if wanted and missing: raise ConfigError(f"trainer.compile: {missing}, or set trainer.compile=false")
     return wanted if wanted is not None else device == "cuda" and missing is None and not config.trainer.recompute and config.trainer.strategy != "fsdp"
 
+# %% ../../nbs/42_module.ipynb #fa579974
 Batch = dict[str, Int[Tensor, "..."]]
 
 class LanguageModule(pl.LightningModule):
