@@ -358,7 +358,7 @@ def test_environment_for_conda(root, tmp_path):
     said = yaml.safe_load((root / "environment.yml").read_text())
     conda = [one for one in said["dependencies"] if isinstance(one, str)]
     [pip] = [one["pip"] for one in said["dependencies"] if isinstance(one, dict)]
-    assert conda == ["python=3.11", "pip"] and pip == ["-c constraints.txt", "-e .[dev]"]
+    assert conda == ["python=3.11", "pip"] and pip == ["-c constraints.txt", "-e .[dev,tensorboard,sweep]"]
     for name in ("settings.ini", "setup.py", "constraints.txt", "README.md", "LICENSE"): shutil.copy(root / name, tmp_path)
     (tmp_path / "ebt_nb").mkdir()
     (tmp_path / "ebt_nb/__init__.py").touch()

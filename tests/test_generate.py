@@ -83,7 +83,7 @@ def test_speed_is_said_beside_the_text(home):
 
 @pytest.mark.parametrize("words, message", [
     (["nothing"], "nothing: no such run"),
-    (["ebt:last"], "no checkpoint 'last'"),
+    (["ebt:step=7"], "no checkpoint 'step=7'"),
     (["missing.ckpt"], "missing.ckpt: no such checkpoint file"),
     (["note.ckpt"], "note.ckpt: not a checkpoint"),
     (["image.ckpt"], "image.ckpt: its configuration is not valid here: .*kind"),

@@ -98,6 +98,12 @@ def saved(run: Run) -> int:
     return read_checkpoint(run.checkpoint())["global_step"] if (run.dir / "checkpoints" / "last.ckpt").exists() else 0
 
 
+def begun(run: Run) -> list[str]:
+    "Where each job that came as far as saying so began: its step, '' for the first."
+    log = run.dir / "console.log"
+    return re.findall(r"(?:resumed at step (\d+)|new run)\n", log.read_text()) if log.exists() else []
+
+
 def half_written(run: Run) -> list[Path]: return list((run.dir / "checkpoints").glob(".*.tmp~"))
 
 
@@ -120,6 +126,7 @@ def test_killed_at_ten_random_moments(jobs, straight):
         before = saved(run)
         real = subprocess.Popen([EBT, "train", "--resume", run.dir], env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) if number == 0 else None
         pid = real.pid if real else jobs.start("train", "--resume", run.dir)
+        until(lambda: len(begun(run)) == number + 1, f"job {number + 1}; {'' if real else jobs.said()}")
         until(lambda: logged(run) >= target, f"step {target}; {'' if real else jobs.said()}")
         if number in while_saving: until(lambda: half_written(run), "checkpoint being written")
         else: time.sleep(draw.uniform(0, 0.03))
@@ -131,7 +138,7 @@ def test_killed_at_ten_random_moments(jobs, straight):
     last = saved(run)
     subprocess.run([EBT, "train", "--resume", run.dir], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     assert run.status == "done" and not half_written(run)
-    told = re.findall(r"(?:resumed at step (\d+)|new run)\n", (run.dir / "console.log").read_text())
+    told = begun(run)
     assert len(told) == 11 and told[0] == "" and int(told[-1]) == last and lost <= 10 * EVERY
     assert halves >= 1, "no kill fell into the writing of a checkpoint; choose other moments"
     assert_same(final(run), final(straight))
