@@ -131,7 +131,7 @@ class _Learned(torch.autograd.Function):
         as_they_are = is_one(to_loss)
         return None, None, *(g if g is None or as_they_are else g * to_loss for g in gradients)
 
-# %% ../../nbs/40_objectives.ipynb #1fbcc9dd
+# %% ../../nbs/40_objectives.ipynb #3ac81759
 Keep = Literal["none", "last", "all"]
 
 def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Descent, inputs: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"],
@@ -156,6 +156,7 @@ def energy_objective(model: EnergyTransformer, space: TokenSpace, descent: Desce
         contrastive = contrast(energy, space, targets, counted(targets), trace.energies[-1], model.landscapes - 1)
         return Outcome(loss + objective.contrastive * contrastive, step_losses, trace, contrastive)
 
+# %% ../../nbs/40_objectives.ipynb #73a132ba
 def rows_at_once(model: EnergyTransformer, inputs: Int[Tensor, "batch seq"], vocab: int) -> int:
     "Rows to go through at a time: all on a GPU; on a processor as many as keep some 100 million numbers (400 MB) of candidates and of blocks, in parts of about equal size."
     rows, seq = inputs.shape
@@ -177,6 +178,7 @@ def contrast(energy: Energy, space: TokenSpace, targets: Int[Tensor, "batch seq"
     truth = energy(space.certain(targets.clamp(min=0)), landscape)
     return (F.softplus(truth - energies) * (targets != IGNORE)).sum() / count
 
+# %% ../../nbs/40_objectives.ipynb #122ee44e
 @dataclass(frozen=True)
 class Lesson:
     "What a training step does with a batch, but for the batch itself."
@@ -234,6 +236,7 @@ class Lesson:
         for k, figures in enumerate(zip(self.visits, energies, norms)): check_finite(k, *figures)
         return Outcome(_Learned.apply(loss, gradients, *learned(self.model, self.descent)), step_losses, Trace(candidates, energies, norms, list(self.visits), accepted), contrastive)
 
+# %% ../../nbs/40_objectives.ipynb #1695d85e
 @torch.no_grad()
 def mean_nats(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
     "What `cross_entropy` is, without a graph and a few rows at a time."
