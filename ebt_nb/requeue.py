@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOPPING', 'Interrupted', 'stoppable', 'restarted', 'requeue', 'of_this_job']
 
-# %% ../nbs/06_requeue.ipynb #cd0e6dd5
+# %% ../nbs/06_requeue.ipynb #2f74755b
 import os
 import re
 import signal
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .runs import RunError, read_status, slurm_task
+from .runs import RunError, files_below, read_status, slurm_task
 
 # %% ../nbs/06_requeue.ipynb #764e6412
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
@@ -58,7 +58,7 @@ def requeue() -> str | None:
         return f"Slurm job {job} was not queued again: {asked.stderr.strip()}" if asked.returncode else f"Slurm job {job} is queued again, and will go on by itself"
     except (OSError, subprocess.TimeoutExpired) as error: return f"Slurm job {job} was not queued again: scontrol cannot be asked ({error})"
 
-# %% ../nbs/06_requeue.ipynb #55b8f86d
+# %% ../nbs/06_requeue.ipynb #4ca8d27f
 def of_this_job(root: Path | str) -> list[Path]:
     "Folders below `root` whose status says that this Slurm job, and this task of it, worked there; the newest first. None unless the job was started anew."
     if not restarted(): return []
@@ -66,5 +66,5 @@ def of_this_job(root: Path | str) -> list[Path]:
         try: status = read_status(path.parent)
         except RunError: return None                     # another program's status.json
         return (status["started"], path.parent) if isinstance(status, dict) and status.get("job") == slurm_task() else None
-    found = filter(None, map(read, Path(root).expanduser().absolute().rglob("status.json")))
+    found = filter(None, map(read, files_below(Path(root).expanduser().absolute(), "status.json")))
     return [folder for _, folder in sorted(found, reverse=True)]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Status', 'WHICH', 'RunError', 'write_atomically', 'new_folder', 'stamp', 'now', 'slurm_task', 'status_text',
            'may_be_at_work', 'read_status', 'write_status', 'read_metrics', 'MetricsFile', 'Run', 'is_run', 'step_of',
-           'checkpoints_in', 'checkpoint_in', 'find_runs', 'start_of', 'fitting_runs', 'find_run', 'listed',
-           'find_checkpoints', 'split_address', 'find_checkpoint']
+           'checkpoints_in', 'checkpoint_in', 'find_runs', 'files_below', 'start_of', 'fitting_runs', 'find_run',
+           'listed', 'find_checkpoints', 'split_address', 'find_checkpoint']
 
-# %% ../nbs/01_runs.ipynb #785a5d19
+# %% ../nbs/01_runs.ipynb #3fa01d92
 import csv, errno, io, json, os, pickletools, re, shutil, socket, uuid, zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
@@ -229,13 +229,19 @@ def checkpoint_in(folder: Path, which: str) -> Path:
     if losses and kept(lowest := min(losses, key=losses.get)).is_file(): return kept(lowest)
     raise RunError(f"{run}: no checkpoint {which!r}; there {f'are {there}' if there else 'is none yet'}")
 
-# %% ../nbs/01_runs.ipynb #f4adf331
+# %% ../nbs/01_runs.ipynb #dbd3df4f
 def find_runs(runs_dir: Path | str = "runs") -> list[Run]:
     "All runs below a folder, the newest first; also those inside experiment folders."
     root = Path(runs_dir).expanduser().absolute()
-    found = [path.parent for path in root.rglob("config.yaml") if is_run(path.parent) and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    found = [path.parent for path in files_below(root, "config.yaml") if is_run(path.parent)]
     started = {folder: at for folder in found if (at := start_of(folder))}
     return [Run(folder) for folder in sorted(started, key=lambda folder: (started[folder], folder.as_posix()), reverse=True)]
+
+def files_below(root: Path | str, *names: str, hidden: bool = False) -> Iterator[Path]:
+    "Files below a folder, of these names or all of them; what is removed while they are listed is passed over. In hidden folders only if asked."
+    for folder, inner, files in os.walk(root):
+        if not hidden: inner[:] = [name for name in inner if not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not names or name in names)
 
 def start_of(folder: Path) -> str | None:
     "When a run started; None if its folder has been removed since it was found."

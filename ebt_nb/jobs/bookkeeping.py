@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['RULES', 'compare', 'flat', 'figures_of', 'compared_lines', 'Leftover', 'leftovers', 'reason', 'busy', 'goes_on',
-           'in_queue', 'sources', 'spare_checkpoints', 'half_made', 'lone_experiments', 'size_of', 'remove']
+           'in_queue', 'sources', 'spare_checkpoints', 'half_made', 'lone_experiments', 'size_of', 'stats_below',
+           'remove']
 
-# %% ../../nbs/74_bookkeeping.ipynb #969b3782
-import json, shutil, subprocess, time, uuid
-from collections.abc import Iterable, Sequence
+# %% ../../nbs/74_bookkeeping.ipynb #290e66b1
+import json, os, shutil, stat, subprocess, time, uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, WorkbenchError, keys
-from ..runs import Run, RunError, find_runs, fitting_runs, is_run, may_be_at_work, read_status, split_address, step_of
+from ..runs import Run, RunError, files_below, find_runs, fitting_runs, is_run, may_be_at_work, read_status, split_address, step_of
 
 # %% ../../nbs/74_bookkeeping.ipynb #cab4541f
 def compare(runs: Sequence[Run], root: Path | str = "runs") -> dict[str, Any]:
@@ -92,16 +94,19 @@ def reason(run: Run) -> tuple[str, str] | None:
     if not run.metrics and not last: return "empty", "ended without a figure or a checkpoint"
     return "interrupted", f"{'killed' if status['status'] == 'running' else 'stopped'} at step {step} of {run.config.trainer.max_steps}, " + ("could be resumed" if last else "without a checkpoint")
 
-# %% ../../nbs/74_bookkeeping.ipynb #e5cc6555
+# %% ../../nbs/74_bookkeeping.ipynb #a6ec5b77
 def busy(folder: Path, root: Path, hours: float) -> bool:
     "Whether a run or the experiment around it is waiting or may be at work, or anything in it changed within `hours`."
     around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root) and parent != root)]
     if any((place / "status.json").is_file() and goes_on(place, around) for place in around): return True
-    return hours > 0 and time.time() - max(path.stat().st_mtime for path in [folder, *folder.rglob("*")] if path.exists()) < hours * 3600
+    return hours > 0 and time.time() - max((known.st_mtime for known in stats_below(folder)), default=0.0) < hours * 3600
 
 def goes_on(place: Path, around: Sequence[Path]) -> bool:
     "Whether what the status.json of a folder speaks of is waiting or may be at work; its Slurm job stands there, or in the slurm.json of the folder it was sent from."
-    status = read_status(place)
+    try: status = read_status(place)
+    except RunError:
+        if (place / "status.json").exists(): raise
+        return True                                      # somebody has just renamed or removed it
     if status["status"] in ("done", "failed"): return False
     jobs = [status.get("job"), *(json.loads((one / "slurm.json").read_text()).get("job") for one in around if (one / "slurm.json").is_file())]
     known = [in_queue(str(job).partition(".")[0], int(time.time()) // 10) for job in jobs if job]
@@ -142,14 +147,15 @@ def spare_checkpoints(run: Run, keep: int | None) -> list[Leftover]:
 
 def half_made(root: Path, hours: float) -> list[Leftover]:
     "Temporary folders that a kill left behind."
-    return [Leftover(path, "empty", "half made when its job was killed", size_of(path)) for path in sorted(root.rglob(".*.tmp~")) if path.is_dir() and not busy(path, path.parent, max(hours, 0.02))]
+    return [Leftover(path, "empty", "half made when its job was killed", size_of(path))
+            for path in sorted(Path(folder, name) for folder, inner, _ in os.walk(root) for name in inner if name.startswith(".") and name.endswith(".tmp~")) if not busy(path, path.parent, max(hours, 0.02))]
 
 def lone_experiments(root: Path, hours: float) -> list[Leftover]:
     "Experiment folders (a status, no configuration) that failed or were interrupted, and hold no run."
     found = []
-    for path in sorted(root.rglob("status.json")):
+    for path in sorted(files_below(root, "status.json")):
         folder = path.parent
-        if is_run(folder) or any(part.startswith(".") for part in folder.relative_to(root).parts) or folder == root or find_runs(folder) or busy(folder, root, hours): continue
+        if is_run(folder) or folder == root or find_runs(folder) or busy(folder, root, hours): continue
         status = read_status(folder)
         if status["status"] != "done": found.append(Leftover(folder, "failed" if status["status"] == "failed" else "interrupted", "experiment without a run in it" + f": {str(status['error']).splitlines()[0][:100]}" * ("error" in status), size_of(folder)))
     return found
@@ -157,11 +163,14 @@ def lone_experiments(root: Path, hours: float) -> list[Leftover]:
 def size_of(path: Path) -> int:
     "Bytes that removing a file or folder frees: what other names stand for too is not freed."
     found: dict[tuple[int, int], list[int]] = {}
-    for one in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if one.is_symlink() or not one.is_file(): continue
-        stat = one.stat()
-        found.setdefault((stat.st_dev, stat.st_ino), [stat.st_size, stat.st_nlink, 0])[2] += 1
+    for known in stats_below(path):
+        if stat.S_ISREG(known.st_mode): found.setdefault((known.st_dev, known.st_ino), [known.st_size, known.st_nlink, 0])[2] += 1
     return sum(size for size, links, here in found.values() if here >= links)
+
+def stats_below(path: Path) -> Iterator[os.stat_result]:
+    "What the file system knows of a file or folder and all that is below it; what is removed meanwhile is passed over."
+    for one in [path, *(Path(folder, name) for folder, inner, files in os.walk(path) for name in inner + files)]:
+        with suppress(FileNotFoundError): yield one.lstat()
 
 # %% ../../nbs/74_bookkeeping.ipynb #e4d44ecd
 def remove(one: Leftover, runs_dir: Path | str = "runs") -> bool:
