@@ -75,7 +75,7 @@ class SwiGLU(nn.Module):
         opened, pull = gated(linear(x, self.gate_up.weight))
         return linear(opened, self.down.weight), lambda gradient: pull_linear(pull(pull_linear(gradient, self.down.weight)), self.gate_up.weight)
 
-# %% ../../nbs/10_layers.ipynb #4abe615e
+# %% ../../nbs/10_layers.ipynb #49f56c73
 class KeyValue(NamedTuple):
     "What one layer keeps of tokens: rotated keys, and values."
     keys: Float[Tensor, "batch heads seq head"]
@@ -89,7 +89,7 @@ class Place(NamedTuple):
 def _turn_into(out: Tensor, x: Tensor, angles: Tensor, back: bool = False) -> None:
     "out = x turned by angles, or back by them; in one pass where their precision is the same."
     if traced(): out.copy_(rotate(x, angles, back))
-    elif x.dtype != angles.real.dtype: out.copy_(torch.view_as_real(as_complex(x.to(angles.real.dtype, memory_format=torch.contiguous_format)) * (angles.conj() if back else angles)).flatten(-2))
+    elif x.dtype != angles.real.dtype: out.copy_(torch.view_as_real(as_complex(x.to(angles.real.dtype, memory_format=torch.contiguous_format)).mul_(angles.conj() if back else angles)).flatten(-2))
     else: torch.mul(as_complex(x if x.stride(-1) == 1 else x.contiguous()), angles.conj() if back else angles, out=as_complex(out))
 
 class _ToHeads(torch.autograd.Function):

@@ -41,7 +41,7 @@ class Outcome:
     trace: Trace | None = None
     contrastive: Float[Tensor, ""] | None = None
 
-# %% ../../nbs/40_objectives.ipynb #1a1695e2
+# %% ../../nbs/40_objectives.ipynb #34d8d907
 class Scorer:
     """A token space whose moves are scored as they are made. Before a detached step begins, and when all is over (`settle`), what is owed is handed to `differentiate`.
 
@@ -61,7 +61,7 @@ class Scorer:
         if not self.reuse or not self.step_losses: return self.space.enter(candidate, noise)          # the first candidate may be somebody's
         rows = candidate.flatten(0, -2) if noise is None else candidate.add_(noise).flatten(0, -2)
         if self.space.rule == "probabilities":
-            for few in chunks(*rows.shape, rows, 2**21): rows[few] = rows[few].softmax(-1)
+            for few in chunks(*rows.shape, rows, 2**19): rows[few] = rows[few].softmax(-1)
         return State(candidate)
 
     def embed(self, state: State) -> Float[Tensor, "batch seq width"]:
