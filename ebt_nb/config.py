@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'IGNORE', 'Conditioning', 'TOKENIZER_SIZES', 'PRESETS', 'DEFAULTS_FILE', 'WorkbenchError', 'ConfigError',
-           'Size', 'Section', 'Run', 'Model', 'Thinking', 'Objective', 'Data', 'Optim', 'Trainer', 'Inference',
-           'Tracking', 'RunConfig', 'nearest', 'keys', 'explain', 'checked', 'load_config', 'read_tree', 'preset',
-           'model_of', 'tokenizer_size', 'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart',
-           'text_thinking', 'text_finetune', 'parse_value', 'parse_overrides', 'build_config', 'changed',
-           'find_defaults', 'load_defaults', 'over_defaults', 'describe']
+           'Size', 'Section', 'Run', 'Model', 'Thinking', 'Objective', 'Data', 'Diffusion', 'Encoder', 'Optim',
+           'Trainer', 'Inference', 'Tracking', 'RunConfig', 'nearest', 'keys', 'explain', 'checked', 'load_config',
+           'read_tree', 'preset', 'model_of', 'tokenizer_size', 'text_ebt_s1', 'text_transformer', 'text_ebt_s2',
+           'text_quickstart', 'text_thinking', 'text_finetune', 'image_model_of', 'variant', 'image_denoise_ebt_s1',
+           'image_denoise_ebt_s2', 'image_denoise_dit', 'image_quickstart', 'image_t2i_ebt_s1', 'image_t2i_ebt_s2',
+           'image_t2i_dit', 'parse_value', 'parse_overrides', 'build_config', 'changed', 'find_defaults',
+           'load_defaults', 'over_defaults', 'describe']
 
-# %% ../nbs/00_config.ipynb #73095363
-import difflib, io, json, math, re
+# %% ../nbs/00_config.ipynb #fb75fac1
+import difflib, inspect, io, json, math, re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -56,23 +58,24 @@ class Run(Section):
     seed: int = Field(33, ge=0, lt=2**31, description="seed of weights, data order and every random number of thinking")
     defaults: str | None = Field(None, description="the ebt_defaults.yaml whose values were taken where nothing else was said; a record, not read again")
 
-# %% ../nbs/00_config.ipynb #10a7ee7f
+# %% ../nbs/00_config.ipynb #1eb2c9bf
 Conditioning = Literal["default", "time_embed", "adaln", "adaln_zero", "step_embed"]
 
 class Model(Section):
-    "The network: an energy-based transformer or the feed-forward baseline."
-    kind: Literal["ebt", "transformer"] = Field("ebt", description="'ebt' scores candidates; 'transformer' is the Transformer++ baseline")
+    "The network: an energy-based transformer or a baseline."
+    kind: Literal["ebt", "transformer", "image_ebt", "dit"] = Field("ebt", description="'ebt' scores tokens, 'image_ebt' images; the baselines are 'transformer' (Transformer++) and 'dit' (diffusion transformer)")
     size: str = Field("xxs", description=f"one of {', '.join(SIZES)}; or 'custom' once layers, width or heads are set by hand")
     layers: int = Field(6, ge=1, description="transformer blocks")
     width: int = Field(384, ge=2, description="model width D")
     heads: int = Field(6, ge=1, description="attention heads; width / heads must be even for rotary positions")
+    patch: int = Field(4, ge=1, description="images: side of the square patches a picture (or its latents) is cut into")
     ffn_multiplier: float = Field(1.0, gt=0, description="feed-forward hidden width as a multiple of width")
     vocab_size: int = Field(8192, ge=2, description="tokens in the vocabulary V; must be the tokenizer's")
-    conditioning: Conditioning = Field("step_embed", description="how the network knows the thinking step ('landscape'); EBT only")
+    conditioning: Conditioning = Field("step_embed", description="how the network knows the thinking step ('landscape'); EBT only, of images 'default' (it does not) or 'adaln'")
     tied: bool = Field(False, description="embed candidates with the token table (EBT) or share it with the output head (transformer)")
     init: Literal["calibrated", "reference"] = Field("calibrated", description="'calibrated' starts with a loss near log V; 'reference' is the published code's start, in the hundreds to thousands")
     weights: str | None = Field(None, description="address of a checkpoint whose weights (and alpha) training starts from, such as RUN:best; random ones if null")
-    first_update_std: float = Field(0.5, gt=0, lt=1, description="calibrated only: standard deviation of the first move of a candidate, in logits")
+    first_update_std: float = Field(0.5, gt=0, lt=1, description="calibrated only: standard deviation of the first move of a candidate, in logits or in pixels of -1 to 1")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
 
@@ -126,7 +129,7 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #b9050389
+# %% ../nbs/00_config.ipynb #076ce1d7
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
@@ -134,9 +137,9 @@ class Objective(Section):
     contrastive: float = Field(0.0, ge=0, description="weight of softplus(energy of the truth - energy of the last input); 0 is off")
 
 class Data(Section):
-    "What is read, how it is cut into tokens, and how it is served."
-    source: str = Field("austen", description="'austen' (embedded), 'redpajama-v2', 'fineweb', a question set ('gsm8k', 'dyck_generated', ...), a hub name, or a path to text, json(l) or parquet files")
-    task: Literal["text", "questions"] = Field("text", description="what a path or hub name holds: 'text', or 'questions' with columns question, answer and perhaps choices, trained on answers only; named sets know")
+    "What is read, how it is cut into tokens or pixels, and how it is served."
+    source: str = Field("austen", description="'austen' (embedded), 'redpajama-v2', 'fineweb', a question set ('gsm8k', 'dyck_generated', ...), a hub name, or a path to text, json(l) or parquet files; of images 'fashion_mnist', 'emoji' (embedded), 'imagenet-1k', 'coco-tiny', 'coco-medium', a hub name or a folder")
+    task: Literal["text", "questions", "denoise", "generate"] = Field("text", description="what a path or hub name holds: 'text', or 'questions' with columns question, answer and perhaps choices, trained on answers only (named sets know); or what is done with images: 'denoise' them, or 'generate' them, from captions if encoder.captions says how to read these")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set to train on; held-out parts are cut from it when it has no validation split")
     text_column: str = Field("text", description="column that holds the text")
@@ -147,7 +150,34 @@ class Data(Section):
     streaming: bool = Field(False, description="read a hub data set as it comes instead of preparing it once")
     validation_fraction: float = Field(0.01, gt=0, lt=0.5, description="cut from the end of a source that has no validation split of its own")
     max_documents: int | None = Field(None, ge=1, description="read at most this many documents")
-    cache_dir: Path = Field(Path("~/.cache/ebt_workbench"), description="where tokenised, packed data is kept")
+    cache_dir: Path = Field(Path("~/.cache/ebt_workbench"), description="where tokenised, packed or encoded data is kept")
+    image_size: int = Field(32, ge=4, description="images: pixels a side, to which pictures are scaled and cut")
+    channels: Literal[1, 3] = Field(3, description="images: 1 (grey) or 3 (colour)")
+    flip: bool = Field(False, description="images: mirror half of those trained on, left to right")
+    image_column: str = Field("image", description="images: column of a hub data set that holds the picture")
+    caption_column: str = Field("caption", description="images: column that holds the caption, where there is one")
+    label_column: str = Field("label", description="images: column that holds the class, where there is one")
+    unreadable: Literal["skip", "refuse"] = Field("skip", description="images: leave out files that cannot be read, with their number and first names, or stop at the first")
+
+class Diffusion(Section):
+    "How images are made noisy, and how the diffusion baseline takes the noise away."
+    steps: int = Field(1000, ge=2, description="steps of the chain from the picture to the noisiest picture")
+    level: float = Field(1.0, gt=0, le=1, description="noise level: the chain is the first part, so large, of one that ends in pure noise (0.1 leaves 90 % of the picture's variance)")
+    random_level: bool = Field(False, description="energy models: in training each picture is as noisy as a step drawn uniformly makes it, instead of the last one")
+    sampler: Literal["ddim", "ddpm"] = Field("ddim", description="baseline: how it goes back along the chain")
+    sampling_steps: int = Field(50, ge=1, description="baseline: forward passes of one way back")
+    recursion: int = Field(1, ge=1, description="baseline: times it goes back along the chain, each time from the last result taken for as noisy as the first")
+    guidance: float = Field(1.0, ge=0, description="baseline: weight of what the caption says over what would be said without one; 1 is off")
+    drop_caption: float = Field(0.1, ge=0, lt=1, description="share of captions that training leaves out, so that the model also knows pictures without one")
+
+class Encoder(Section):
+    "Frozen networks that turn pictures into latents and captions into vectors, once (`ebt encode`), before training."
+    images: str = Field("none", description="'none' (pixels), 'small_vae' (embedded), 'vae:PATH_OR_HUB' (an AutoencoderKL), 'dinov2:PATH_OR_HUB'")
+    captions: str = Field("none", description="'none', 'minilm', 'minilm:PATH_OR_HUB', 'clip:PATH_OR_HUB'")
+    latent_channels: int = Field(4, ge=1, description="numbers per latent")
+    latent_factor: int = Field(4, ge=1, description="pixels a side that one latent stands for")
+    latent_scale: float = Field(1.0, gt=0, description="what latents are multiplied by, so that their variance is about 1")
+    caption_width: int = Field(384, ge=1, description="numbers of an encoded caption")
 
 class Optim(Section):
     "Optimiser and learning-rate schedule; every parameter group warms up to and decays from its own peak."
@@ -214,7 +244,7 @@ class Tracking(Section):
     @classmethod
     def _off(cls, value): return "off" if value is False else value          # what YAML makes of an `off` without quotes
 
-# %% ../nbs/00_config.ipynb #e51ffa2c
+# %% ../nbs/00_config.ipynb #3e15a107
 class RunConfig(Section):
     "Everything one run needs; saved as config.yaml in its folder."
     run: Run = Field(default_factory=Run)
@@ -226,6 +256,34 @@ class RunConfig(Section):
     trainer: Trainer = Field(default_factory=Trainer)
     inference: Inference = Field(default_factory=Inference)
     tracking: Tracking = Field(default_factory=Tracking)
+    diffusion: Diffusion = Field(default_factory=Diffusion)
+    encoder: Encoder = Field(default_factory=Encoder)
+
+    @property
+    def thinks(self) -> bool:
+        "Whether the model is an energy model."
+        return self.model.kind in ("ebt", "image_ebt")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        "Channels and side of what an image model sees: pixels, or latents."
+        if self.encoder.images == "none": return self.data.channels, self.data.image_size
+        return self.encoder.latent_channels, self.data.image_size // self.encoder.latent_factor
+
+    @model_validator(mode="after")
+    def _images(self):
+        m, d, e = self.model, self.data, self.encoder
+        if (m.kind in ("image_ebt", "dit")) != (d.task in ("denoise", "generate")):
+            raise ValueError(f"data.task: a model of kind {m.kind!r} does not {'do ' + repr(d.task) if m.kind in ('ebt', 'transformer') else 'read ' + repr(d.task)}; image_ebt and dit 'denoise' or 'generate', ebt and transformer read 'text' or 'questions'")
+        if m.kind not in ("image_ebt", "dit"): return self
+        if e.images != "none" and d.image_size % e.latent_factor: raise ValueError(f"data.image_size: {d.image_size} pixels cannot be cut into latents of {e.latent_factor} (encoder.latent_factor); take a multiple of it")
+        side, of = self.image_shape[1], "data.image_size" if e.images == "none" else "data.image_size / encoder.latent_factor"
+        if side % m.patch: raise ValueError(f"model.patch: {side} ({of}) {'is smaller than a patch' if m.patch > side else 'cannot be cut into patches'} of {m.patch}; patches that fit: {', '.join(str(p) for p in range(1, side + 1) if side % p == 0)}")
+        if m.width % 4: raise ValueError(f"model.width: {m.width} cannot hold positions in two directions; take a multiple of 4")
+        if m.kind == "image_ebt" and m.conditioning not in ("default", "adaln"): raise ValueError(f"model.conditioning: {m.conditioning!r} is for text; for images there are 'default' and 'adaln'")
+        if self.objective.contrastive: raise ValueError("objective.contrastive: is for text only; set it to 0")
+        if self.trainer.compile or self.trainer.recompute: raise ValueError(f"trainer.{'compile' if self.trainer.compile else 'recompute'}: is for text only; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _across(self):
@@ -298,11 +356,11 @@ def read_tree(path: Path | str) -> dict[str, Any]:
     if not isinstance(tree, dict): raise ConfigError(f"{path}: a configuration has sections ({', '.join(RunConfig.model_fields)}); this file has none")
     return tree
 
-# %% ../nbs/00_config.ipynb #58f89fd4
+# %% ../nbs/00_config.ipynb #5e7c4dea
 PRESETS: dict[str, Callable[..., RunConfig]] = {}
 
 def preset(name: str):
-    "Register a function (size, tokenizer) -> RunConfig under `name`."
+    "Register a function (size, tokenizer) -> RunConfig, or (size) -> RunConfig, under `name`."
     def register(function): PRESETS[name] = function; return function
     return register
 
@@ -368,7 +426,66 @@ def text_finetune(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
     return checked(base | dict(run=base["run"] | dict(name="text/finetune"), model=base["model"] | dict(weights="RUN:best"), data=base["data"] | dict(source="arithmetic"),
                                optim=base["optim"] | dict(peak_lr=SIZES[size].learning_rate / 2), trainer=base["trainer"] | dict(max_steps=300, checkpoint_every=100)))
 
-# %% ../nbs/00_config.ipynb #43f233a6
+# %% ../nbs/00_config.ipynb #dd81e9fe
+def image_model_of(kind: str, size: str, **changes) -> dict:
+    "The model section of an image model of a size."
+    return {key: value for key, value in model_of(kind, size, "austen_8k", conditioning="default").items() if key != "vocab_size"} | changes
+
+def variant(base: RunConfig, **sections: dict) -> RunConfig:
+    "A preset with some values of some sections changed."
+    tree = base.model_dump()
+    return checked(tree | {section: tree[section] | values for section, values in sections.items()})
+
+@preset("image/denoise_ebt_s1")
+def image_denoise_ebt_s1(size: str = "small") -> RunConfig:
+    "The paper's System 1 model for denoising: one step from the noisy picture, learned step size; COCO at 128 pixels, patches of 16, noise level 0.1."
+    return checked(dict(
+        run=dict(name="image/denoise_ebt_s1"), model=image_model_of("image_ebt", size, patch=16), thinking=dict(steps=1, step_size=100.0),
+        data=dict(source="coco-medium", task="denoise", image_size=128, channels=3, flip=True), diffusion=dict(steps=1000, level=0.1),
+        optim=dict(peak_lr=SIZES[size].learning_rate), tracking=dict(wandb="auto")))
+
+@preset("image/denoise_ebt_s2")
+def image_denoise_ebt_s2(size: str = "small") -> RunConfig:
+    "System 2 for denoising: two or three noisy steps in one landscape, step sizes drawn per picture, all differentiated but for truncation, a replay buffer."
+    thinking = dict(visits_min=2, visits_max=3, learn_step_size=False, random_step_size=2.0, noise=0.05, detach=False, truncate=True, replay=192)
+    return variant(image_denoise_ebt_s1(size), run=dict(name="image/denoise_ebt_s2"), thinking=thinking, objective=dict(steps="last"))
+
+@preset("image/denoise_dit")
+def image_denoise_dit(size: str = "small") -> RunConfig:
+    "The diffusion baseline of the same size (DiT), on the same pictures and schedule as image/denoise_ebt_s1."
+    return variant(image_denoise_ebt_s1(size), run=dict(name="image/denoise_dit"), model=dict(kind="dit"), diffusion=dict(sampling_steps=300))
+
+@preset("image/quickstart")
+def image_quickstart(size: str = "4xs") -> RunConfig:
+    "Minutes on a laptop: a small energy model that takes noise from the embedded pictures of clothes."
+    return checked(dict(
+        run=dict(name="image/quickstart"), model=image_model_of("image_ebt", size, patch=4, first_update_std=0.05), thinking=dict(steps=1, step_size=100.0),
+        data=dict(source="fashion_mnist", task="denoise", image_size=28, channels=1, batch_size=32), diffusion=dict(steps=1000, level=0.1),
+        optim=dict(peak_lr=SIZES[size].learning_rate, step_size_lr_multiplier=1.0, warmup_steps=50),
+        trainer=dict(max_steps=1000, val_every=200, val_batches=8, checkpoint_every=500, log_every=20, accelerator="cpu")))
+
+# %% ../nbs/00_config.ipynb #1a23f976
+@preset("image/t2i_ebt_s1")
+def image_t2i_ebt_s1(size: str = "4xs") -> RunConfig:
+    "Pictures from captions, System 1: latents are thought up from noise in a few learned steps; the embedded emoji and their names, the small VAE, MiniLM."
+    return checked(dict(
+        run=dict(name="image/t2i_ebt_s1"), model=image_model_of("image_ebt", size, conditioning="adaln", patch=1), thinking=dict(steps=3, step_size=100.0),
+        data=dict(source="emoji", task="generate", image_size=32, channels=3, batch_size=32, validation_fraction=0.1), encoder=dict(images="small_vae", captions="minilm"),
+        optim=dict(peak_lr=SIZES[size].learning_rate, step_size_lr_multiplier=1.0, warmup_steps=50),
+        trainer=dict(max_steps=1500, val_every=250, val_batches=4, checkpoint_every=500, log_every=25)))
+
+@preset("image/t2i_ebt_s2")
+def image_t2i_ebt_s2(size: str = "4xs") -> RunConfig:
+    "Pictures from captions, System 2: as image/t2i_ebt_s1, but two or three noisy steps in one landscape, all differentiated, a replay buffer."
+    thinking = dict(steps=1, visits_min=2, visits_max=3, learn_step_size=False, random_step_size=2.0, noise=0.05, detach=False, replay=64)
+    return variant(image_t2i_ebt_s1(size), run=dict(name="image/t2i_ebt_s2"), thinking=thinking, objective=dict(steps="last"))
+
+@preset("image/t2i_dit")
+def image_t2i_dit(size: str = "4xs") -> RunConfig:
+    "Pictures from captions by the diffusion baseline (DiT), with classifier-free guidance."
+    return variant(image_t2i_ebt_s1(size), run=dict(name="image/t2i_dit"), model=dict(kind="dit", conditioning="default"), diffusion=dict(guidance=3.0))
+
+# %% ../nbs/00_config.ipynb #1926ba21
 def parse_value(text: str) -> Any:
     "A value as YAML reads it; numbers such as 1e-3, which YAML takes for text, become numbers, and on, off, yes and no stay words."
     if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text): return float(text)
@@ -388,7 +505,8 @@ def build_config(name: str, overrides: list[str] | dict[str, Any] = ()) -> RunCo
     if name not in PRESETS: raise ConfigError(f"{name!r}: no such preset{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     overrides = parse_overrides(overrides)
     first = {k: overrides[f] for k, f in [("size", "model.size"), ("tokenizer", "data.tokenizer")] if f in overrides and overrides[f] != "custom"}
-    base = PRESETS[name](**{k: str(v) for k, v in first.items()})
+    takes = inspect.signature(PRESETS[name]).parameters                 # those of images read no tokens
+    base = PRESETS[name](**{k: str(v) for k, v in first.items() if k in takes})
     if {"model.layers", "model.width", "model.heads"} & overrides.keys(): overrides["model.size"] = "custom"
     return changed(base, overrides)
 

@@ -13,7 +13,7 @@ fingerprint() { { cat settings.ini setup.py constraints.txt; echo "$PWD"; "$pyth
 sound() {
     "$python" -P - 2>/dev/null <<'CHECK'
 import importlib.util, pathlib, sys
-needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna nbdev pytest beartype build ebt_nb"
+needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers nbdev pytest beartype build ebt_nb"
 specs = [importlib.util.find_spec(name) for name in needed.split()]
 sys.exit(not (all(s and s.origin for s in specs) and pathlib.Path(specs[-1].origin).parents[1] == pathlib.Path.cwd()))
 CHECK
@@ -29,6 +29,7 @@ find_python() {
 
 make_venv() {
     local found
+    if [ -L .venv ]; then echo "setup: .venv is a link to $(readlink -f .venv), which may be somebody else's environment and is not cleared; remove the link, and one is made here" >&2; exit 1; fi
     found=$(find_python)
     echo "setup: making .venv with $("$found" --version)"
     "$found" -m venv --clear .venv
@@ -38,7 +39,7 @@ install() {
     echo "setup: installing the packages of constraints.txt (about 2 GB; minutes the first time)"
     touch "$unfinished"
     local failed=0
-    "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check -e '.[dev,tensorboard,sweep]' -c constraints.txt </dev/null || failed=$?
+    "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check -e '.[dev,tensorboard,sweep,images]' -c constraints.txt </dev/null || failed=$?
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }

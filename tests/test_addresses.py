@@ -19,7 +19,7 @@ from ebt_nb.cli import main
 from ebt_nb.config import load_config
 from ebt_nb.jobs.bookkeeping import leftovers
 from ebt_nb.runs import Run, find_checkpoint, find_checkpoints, find_run, find_runs, step_of
-from ebt_nb.training.module import read_checkpoint
+from ebt_nb.training.learner import read_checkpoint
 
 EBT = Path(sys.executable).with_name("ebt")
 SITE = """
@@ -358,7 +358,7 @@ def test_environment_for_conda(root, tmp_path):
     said = yaml.safe_load((root / "environment.yml").read_text())
     conda = [one for one in said["dependencies"] if isinstance(one, str)]
     [pip] = [one["pip"] for one in said["dependencies"] if isinstance(one, dict)]
-    assert conda == ["python=3.11", "pip"] and pip == ["-c constraints.txt", "-e .[dev,tensorboard,sweep]"]
+    assert conda == ["python=3.11", "pip"] and pip == ["-c constraints.txt", "-e .[dev,tensorboard,sweep,images]"]
     for name in ("settings.ini", "setup.py", "constraints.txt", "README.md", "LICENSE"): shutil.copy(root / name, tmp_path)
     (tmp_path / "ebt_nb").mkdir()
     (tmp_path / "ebt_nb/__init__.py").touch()

@@ -14,7 +14,7 @@ from ebt_nb.cli import main
 from ebt_nb.config import build_config
 from ebt_nb.data.text import load_tokenizer
 from ebt_nb.runs import Run
-from ebt_nb.training.module import build_module
+from ebt_nb.training.build import build_module
 
 EBT = Path(sys.executable).with_name("ebt")
 ROOT = Path(__file__).parent.parent

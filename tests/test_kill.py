@@ -16,7 +16,7 @@ import pytest
 from ebt_nb.cli import main
 from ebt_nb.config import RunConfig, build_config
 from ebt_nb.runs import Run, find_runs, read_status
-from ebt_nb.training.module import read_checkpoint
+from ebt_nb.training.learner import read_checkpoint
 from test_resume import assert_same, final
 
 EBT = Path(sys.executable).with_name("ebt")

@@ -14,7 +14,7 @@ import torch
 from ebt_nb.config import RunConfig, build_config
 from ebt_nb.runs import Run, find_runs, may_be_at_work, read_status
 from ebt_nb.training.fit import fit
-from ebt_nb.training.module import read_checkpoint
+from ebt_nb.training.learner import read_checkpoint
 
 EBT = Path(sys.executable).with_name("ebt")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
@@ -45,7 +45,7 @@ def ranks(run: Run) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try: words = path.read_text().split("\0")
         except OSError: continue
-        if "--as-rank" in words and str(run.dir) in words and not any("torchrun()" in word for word in words): found.append(int(path.parent.name))
+        if "--as-rank" in words and str(run.dir) in words and not any("torch.distributed" in word for word in words): found.append(int(path.parent.name))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from ebt_nb.config import build_config
 from ebt_nb.runs import find_runs
 from ebt_nb.training.fit import fit
-from ebt_nb.training.module import read_checkpoint
+from ebt_nb.training.learner import read_checkpoint
 
 SCRIPT = """
 import os, signal, sys

@@ -14,7 +14,7 @@ from ebt_nb.requeue import Interrupted
 from ebt_nb.runs import Run, read_status
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
-from ebt_nb.training.module import read_checkpoint
+from ebt_nb.training.learner import read_checkpoint
 
 RECIPES = {
     "system 1": {},

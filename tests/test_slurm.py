@@ -1,8 +1,12 @@
-"""Jobs on a real Slurm of two nodes, started on this machine: arrays, chains, several nodes, failures and cancelling, as a user meets them."""
+"""Jobs on a real Slurm of two nodes, started on this machine: arrays, chains, several nodes, failures and cancelling, as a user meets them.
+
+A job waits more than it works: in a queue, for its imports, for its turn. So all tests are begun together, each in a thread with a folder of its own, and then asked one after the other what came of them."""
+import functools
 import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -16,7 +20,7 @@ from test_processes import config as two_processes  # noqa: E402
 
 from ebt_nb.runs import Run, find_runs, read_status  # noqa: E402
 from ebt_nb.training.fit import fit  # noqa: E402
-from ebt_nb.training.module import read_checkpoint  # noqa: E402
+from ebt_nb.training.learner import read_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 EBT = Path(sys.executable).with_name("ebt")
@@ -36,28 +40,41 @@ def cluster(tmp_path_factory):
     with Cluster(tmp_path_factory.mktemp("slurm")) as running: yield running
 
 
-@pytest.fixture
-def submit(cluster, tmp_path):
-    "A function that runs `ebt submit` and returns the job's number and folder; with a `code`, exit code and message instead."
-    def call(*words, code=0):
-        done = subprocess.run([EBT, "submit", *map(str, words)], env=cluster.environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+class Scene:
+    "What a test works with: the cluster and a folder."
+    def __init__(self, cluster: Cluster, folder: Path): self.cluster, self.folder = cluster, folder
+
+    def submit(self, *words, code: int = 0):
+        "`ebt submit`: the job's number and folder; with a `code`, exit code and message instead."
+        done = subprocess.run([EBT, "submit", *map(str, words)], env=self.cluster.environment, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
-        if code: return done.stderr
-        return done.stdout.strip(), Path(re.match(r"(.*)/job\.slurm", done.stderr)[1])
-    return call
+        return done.stderr if code else (done.stdout.strip(), Path(re.search(r"^(/.*)/job\.slurm", done.stderr, re.MULTILINE)[1]))
 
-
-@pytest.fixture
-def write(tmp_path):
-    "A function that writes a job: a notebook of the given cells, or a bash script of the given lines."
-    def make(name, *parts):
-        path = tmp_path / name
+    def write(self, name: str, *parts: str) -> Path:
+        "A job: a notebook of the given cells, or a bash script of the given lines."
+        path = self.folder / name
         if path.suffix != ".ipynb": path.write_text("\n".join(["#!/usr/bin/env bash", *parts]) + "\n")
         else:
             first = nbformat.v4.new_code_cell(PARAMETERS, metadata=dict(tags=["parameters"]))
             nbformat.write(nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, parts)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), path)
         return path
-    return make
+
+
+SCENES = {}
+
+
+def begun_with_the_others(scene):
+    "A test that is begun in a thread with all others of this file that were asked for. What it returns is called afterwards in the main thread: training here, to compare, wants to be alone."
+    SCENES[f"test_{scene.__name__}"] = scene
+    def test(begun, request):
+        if then := begun[request.node.originalname].result(): then()
+    return functools.update_wrapper(test, scene, assigned=["__doc__", "__module__"], updated=[])
+
+
+@pytest.fixture(scope="module")
+def begun(cluster, tmp_path_factory, request):
+    asked = [name for item in request.session.items if (name := getattr(item, "originalname", "")) in SCENES and item.module.__name__ == __name__]
+    with ThreadPoolExecutor(4) as pool: yield {name: pool.submit(SCENES[name], cluster, Scene(cluster, tmp_path_factory.mktemp(name))) for name in sorted(asked, key=[*SCENES].index)}
 
 
 def output(job): return Path(job["StdOut"]).read_text()

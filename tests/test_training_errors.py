@@ -20,7 +20,8 @@ from ebt_nb.runs import Run, RunError, read_status
 from ebt_nb.thinking.descent import DivergenceError
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
-from ebt_nb.training.module import CheckpointError, load_module, read_checkpoint
+from ebt_nb.training.build import load_module
+from ebt_nb.training.learner import CheckpointError, read_checkpoint
 
 
 def tiny(folder: Path, **changes) -> RunConfig:

@@ -23,21 +23,22 @@ from ..noise import Keys
 from ..thinking.descent import Energy, Trace
 from ..thinking.spaces import Space
 
-# %% ../../nbs/60_landscape.ipynb #d1e089d3
+# %% ../../nbs/60_landscape.ipynb #5d5e653b
 class AnalysisError(WorkbenchError):
     "Something was asked of a trace, or of figures, that they do not hold."
 
-def check_place(trace: Trace, sample: int, position: int) -> None:
-    "Raise AnalysisError unless the trace has steps, and this sample and position."
+def check_place(trace: Trace, sample: int, position: int | None = None) -> None:
+    "Raise AnalysisError unless the trace has steps, and this sample and position (None where a sample is one candidate, such as a picture)."
     if not trace.energies: raise AnalysisError("this trace has no steps: there is no path to look at. Descend with thinking.steps >= 1")
-    if trace.prediction.ndim != 3: raise AnalysisError(f"candidates of shape {list(trace.prediction.shape)}: expected [batch, positions, size]")
-    for name, index, size in zip(("sample", "position"), (sample, position), trace.prediction.shape):
+    if trace.prediction.ndim != (2 if position is None else 3): raise AnalysisError(f"candidates of shape {list(trace.prediction.shape)}: expected {'[batch, size]; give a position' if position is None else '[batch, positions, size]'}")
+    for name, index, size in zip(("sample", "position"), (sample,) if position is None else (sample, position), trace.prediction.shape):
         if not 0 <= index < size: raise AnalysisError(f"{name}: {index} is outside the trace, which has {size} (0 to {size - 1})")
 
-def path_of(trace: Trace, sample: int, position: int) -> Float[Tensor, "points size"]:
+def path_of(trace: Trace, sample: int, position: int | None = None) -> Float[Tensor, "points size"]:
     "The K+1 candidates of one sample and position. Raises AnalysisError where there are none."
     check_place(trace, sample, position)
-    return torch.stack([candidate[sample, position] for candidate in trace.candidates]).detach()
+    place = sample if position is None else (sample, position)
+    return torch.stack([candidate[place] for candidate in trace.candidates]).detach()
 
 # %% ../../nbs/60_landscape.ipynb #087a969c
 @dataclass
@@ -59,8 +60,8 @@ class Plane:
         "The candidates at these coordinates, of the path's type and on its device."
         return (self.centre + coordinates @ self.axes).to(self.path)
 
-# %% ../../nbs/60_landscape.ipynb #aa98d668
-def plane_of(trace: Trace, sample: int, position: int) -> Plane:
+# %% ../../nbs/60_landscape.ipynb #d4899fe7
+def plane_of(trace: Trace, sample: int, position: int | None = None) -> Plane:
     "The plane of one candidate's path. Raises AnalysisError where the trace has no such place or its candidates a single coordinate."
     path = path_of(trace, sample, position)
     if path.shape[1] < 2: raise AnalysisError("candidates have a single coordinate: there is no plane to look at")

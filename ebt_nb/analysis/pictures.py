@@ -6,7 +6,7 @@
 __all__ = ['Seen', 'look', 'surprise_of_logits', 'plot_positions', 'telling_place', 'thought_figures', 'pictures',
            'save_pictures', 'plot_overfit']
 
-# %% ../../nbs/65_pictures.ipynb #154a6dba
+# %% ../../nbs/65_pictures.ipynb #65860c0b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ from ..inference.generate import at_rest
 from ..runs import Run, RunError
 from ..thinking.descent import Trace
 from ..thinking.verify import energies_after, relative_energy
-from ..training.module import Batch, LanguageModule
+from ..training.learner import Batch
+from ..training.module import LanguageModule
 from ..training.overfit import Overfitted
 
 # %% ../../nbs/65_pictures.ipynb #5519aa23

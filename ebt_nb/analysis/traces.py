@@ -192,9 +192,9 @@ def plot_steps(losses: dict[str, list[float | Tensor]]) -> Figure:
     ax.margins(x=0.15, y=0.2); ax.legend(fontsize=8)
     return figure
 
-# %% ../../nbs/61_traces.ipynb #64462a7c
-def plot_learning_curves(runs: dict[str, list[dict[str, int | float]]]) -> Figure:
-    "Training and validation loss (nats per token) over updates, by name of the run. Raises AnalysisError for a run that measured neither."
+# %% ../../nbs/61_traces.ipynb #6250b566
+def plot_learning_curves(runs: dict[str, list[dict[str, int | float]]], unit: str = "nats per token") -> Figure:
+    "Training and validation loss (in some `unit`) over updates, by name of the run. Raises AnalysisError for a run that measured neither."
     curves = {name: {key: [(row["step"], row[key]) for row in rows if key in row] for key in ("train/loss", "val/loss")} for name, rows in runs.items()}
     if not curves: raise AnalysisError("plot_learning_curves: no runs were given")
     for name, found in curves.items():
@@ -206,7 +206,7 @@ def plot_learning_curves(runs: dict[str, list[dict[str, int | float]]]) -> Figur
     for number, (name, found) in enumerate(curves.items()):
         for key, style in (("train/loss", dict(lw=0.8, alpha=0.6)), ("val/loss", dict(marker="o", ms=4))):
             if found[key]: ax.plot(*zip(*found[key]), color=f"C{number}", label=f"{name}, {'training' if key == 'train/loss' else 'validation'}", **style)
-    ax.set(xlabel="updates", ylabel="loss (nats per token)"); ax.legend(fontsize=7)
+    ax.set(xlabel="updates", ylabel=f"loss ({unit})"); ax.legend(fontsize=7)
     ends = {name: (found["val/loss"] or found["train/loss"])[-1][1] for name, found in curves.items()}
     ratio = f" (ratio {list(ends.values())[0] / list(ends.values())[1]:.3f})" if len(ends) == 2 else ""
     ax.set_title("At the end: " + ", ".join(f"{name} {loss:.3f}" for name, loss in ends.items()) + ratio, fontsize=10)

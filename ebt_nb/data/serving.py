@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'permutation', 'endless', 'batch_of', 'Rows', 'unchanged', 'fetch', 'TrainLoader', 'check_state',
            'HeldOutLoader', 'Stream', 'StreamPart', 'StreamLoader', 'place', 'TextData']
 
-# %% ../../nbs/35_serving.ipynb #ad942560
+# %% ../../nbs/35_serving.ipynb #039d90a1
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 import torch.utils.data
 from datasets.distributed import split_dataset_by_node
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from lightning import LightningDataModule
 from torch import Tensor
 
@@ -47,15 +47,16 @@ def batch_of(rows: Int[np.ndarray, "batch row"], index: Int[np.ndarray, "batch"]
     def tensor(array): return torch.from_numpy(np.array(array, dtype=np.int64))
     return dict(inputs=tensor(rows[:, :-1]).clamp(min=0), targets=tensor(rows[:, 1:] if targets is None else targets), index=tensor(index))
 
-# %% ../../nbs/35_serving.ipynb #73fed444
+# %% ../../nbs/35_serving.ipynb #59920774
 class Rows(torch.utils.data.Dataset):
-    "Packed rows that are asked for by the batch."
+    "Packed rows that are asked for by the batch, in any round."
     def __init__(self, rows: datasets.Dataset): self.rows = rows.with_format("numpy")
     def __len__(self) -> int: return len(self.rows)
 
     def __getitem__(self, picked: Int[np.ndarray, "batch"]) -> dict[str, Int[Tensor, "..."]]:
-        rows = self.rows[picked]
-        return batch_of(rows["tokens"], picked, rows.get("targets"))
+        index = picked % len(self)
+        rows = self.rows[index]
+        return batch_of(rows["tokens"], index, rows.get("targets"))
 
 def unchanged(item: Any) -> Any:
     "A collate function for data that are batches already."
@@ -65,25 +66,26 @@ def fetch(dataset: torch.utils.data.Dataset, picks: Iterable | None, workers: in
     "Items of `dataset` in the order of `picks` (None for an iterable one), through worker processes; touches no global random state."
     return iter(torch.utils.data.DataLoader(dataset, sampler=picks, batch_size=None, num_workers=workers, collate_fn=unchanged, generator=torch.Generator()))
 
-# %% ../../nbs/35_serving.ipynb #8a0f04f4
+# %% ../../nbs/35_serving.ipynb #f2ea314c
 class TrainLoader:
-    "Endless shuffled batches of packed rows, resumable after any batch. `length` batches are one training run; `fingerprint` names the data in checkpoints."
-    def __init__(self, rows: datasets.Dataset, batch_size: int, seed: int, length: int, fingerprint: str, rank: int = 0, world_size: int = 1,
+    "Endless shuffled batches of `rows`, asked for by their numbers in any round; resumable after any batch. `length` batches are one training run; `fingerprint` names the data in checkpoints."
+    def __init__(self, rows: torch.utils.data.Dataset, batch_size: int, seed: int, length: int, fingerprint: str, rank: int = 0, world_size: int = 1,
                  workers: int = 0):
         self.rows, self.batch_size, self.seed, self.length, self.fingerprint = rows, batch_size, seed, length, fingerprint
         self.rank, self.world_size, self.workers, self.used = rank, world_size, workers, 0
 
     def __len__(self) -> int: return self.length
 
-    def __iter__(self) -> Iterator[dict[str, Int[Tensor, "..."]]]:
-        for batch in fetch(Rows(self.rows), self.picks(self.used), self.workers):
+    def __iter__(self) -> Iterator[dict[str, Shaped[Tensor, "..."]]]:
+        for batch in fetch(self.rows, self.picks(self.used), self.workers):
             self.used += self.batch_size * self.world_size
             yield batch
 
     def picks(self, used: int) -> Iterator[Int[np.ndarray, "batch"]]:
-        "Row numbers of this rank's batches, after `used` rows of all ranks together."
+        "Row numbers of this rank's batches, after `used` rows of all ranks together; a row's number in round r is r lengths higher."
         while True:
-            yield endless(self.seed, len(self.rows), used + self.rank * self.batch_size, self.batch_size)
+            start, total = used + self.rank * self.batch_size, len(self.rows)
+            yield endless(self.seed, total, start, self.batch_size) + np.arange(start, start + self.batch_size) // total * total
             used += self.batch_size * self.world_size
 
     def state_dict(self) -> dict[str, Any]: return dict(kind="rows", used=self.used, seed=self.seed, fingerprint=self.fingerprint)
@@ -100,10 +102,10 @@ def check_state(state: dict[str, Any], kind: str, fingerprint: str, seed: int) -
         raise DataError(f"the checkpoint was saved while training on other data ({then}; now {now}): its place in them means nothing here. "
                         "Resume with the configuration it was made with, or start a new run from its weights")
 
-# %% ../../nbs/35_serving.ipynb #82e142da
+# %% ../../nbs/35_serving.ipynb #99ff1865
 class HeldOutLoader:
-    "Batches of every packed row, once, in an order that is always the same; no padding rows but, with several ranks, up to world_size - 1 rows twice."
-    def __init__(self, rows: datasets.Dataset, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0):
+    "Batches of every row, once, in an order that is always the same; no padding rows but, with several ranks, up to world_size - 1 rows twice."
+    def __init__(self, rows: torch.utils.data.Dataset, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0):
         order, together = permutation(0, 0, len(rows)), batch_size * world_size
         cuts = [order[i : i + together] for i in range(0, len(rows), together)]
         last = cuts[-1]
@@ -112,7 +114,7 @@ class HeldOutLoader:
         self.rows, self.workers = rows, workers
 
     def __len__(self) -> int: return len(self.picked)
-    def __iter__(self) -> Iterator[dict[str, Int[Tensor, "..."]]]: return fetch(Rows(self.rows), self.picked, self.workers)
+    def __iter__(self) -> Iterator[dict[str, Shaped[Tensor, "..."]]]: return fetch(self.rows, self.picked, self.workers)
 
 # %% ../../nbs/35_serving.ipynb #baf76806
 BLOCK = 32
@@ -197,7 +199,7 @@ class StreamLoader:
                             "{}, {}, {}; not {}, {}, {}".format(*then, *now))
         self.states, self.handed_out = state["states"][self.rank], state["handed_out"]
 
-# %% ../../nbs/35_serving.ipynb #ffbd990b
+# %% ../../nbs/35_serving.ipynb #f90e4d75
 def place(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
     "Rank and number of processes: as given, or as torch.distributed has them, or one alone."
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -249,7 +251,7 @@ class TextData(LightningDataModule):
         rank, world_size = place(*self.given)
         common = dict(length=self.config.trainer.max_steps * self.config.trainer.accumulate, fingerprint=self.folder.name.split("-held-out-")[0], seed=seed,
                       rank=rank, world_size=world_size, workers=data.workers)
-        if not data.streaming: return TrainLoader(self.splits["train"], data.batch_size, **common)
+        if not data.streaming: return TrainLoader(Rows(self.splits["train"]), data.batch_size, **common)
         streams, _ = open_source(self.source)
         train = streams["train"].take(data.max_documents) if data.max_documents else streams["train"]
         held_out = 0.0 if "validation" in streams else data.validation_fraction
@@ -265,4 +267,4 @@ class TextData(LightningDataModule):
         "Every row of a held-out split, once."
         if split not in self.splits:
             raise DataError(f"data.source: {self.source.name!r} has no {split} set; 'austen' has one, and question sets and hub data sets with a {split} split")
-        return HeldOutLoader(self.splits[split], self.config.data.batch_size, *place(*self.given), self.config.data.workers)
+        return HeldOutLoader(Rows(self.splits[split]), self.config.data.batch_size, *place(*self.given), self.config.data.workers)

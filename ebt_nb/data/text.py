@@ -7,7 +7,8 @@ __all__ = ['ASSETS', 'EMBEDDED_TOKENIZERS', 'ENDS', 'PARAGRAPH', 'AUSTEN', 'REDP
            'LOADERS', 'CANARY', 'DataError', 'cut', 'TextTokenizer', 'load_tokenizer', 'austen_files', 'Source',
            'austen', 'redpajama', 'fineweb', 'column_of', 'loader_of', 'local_source', 'find_source', 'Unreachable',
            'explained', 'open_source', 'documents', 'write_rows', 'examine', 'content_of', 'short_hash', 'say', 'alone',
-           'progress', 'is_held_out', 'count_characters', 'build', 'cut_validation', 'nothing_in', 'keep', 'prepare']
+           'progress', 'is_held_out', 'count_characters', 'build', 'cut_validation', 'nothing_in', 'kept_in', 'keep',
+           'prepare']
 
 # %% ../../nbs/30_text.ipynb #839b0961
 import codecs
@@ -292,7 +293,7 @@ def short_hash(value: Any) -> str:
     "Twelve hexadecimal digits that stand for a JSON-able value."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../../nbs/30_text.ipynb #d62fb54b
+# %% ../../nbs/30_text.ipynb #597be39a
 def say(line: str) -> None:
     "A line for whoever watches the run, on standard error."
     print(line, file=sys.stderr, flush=True)
@@ -311,7 +312,7 @@ def alone(path: Path):
 @contextmanager
 def progress(label: str, every: float = 30.0):
     "Gives a function to call with counts: a live line on a terminal, else a plain line every so many seconds."
-    def line(counts): return f"preparing {label}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
+    def line(counts): return f"preparing {label}: " + ", ".join(f"{counts[what]:,} {what}" for what in ("documents", "tokens", "images") if what in counts)
     if sys.stderr.isatty():
         with Console(stderr=True).status(f"preparing {label}") as status: yield lambda counts: status.update(line(counts))
         return
@@ -379,21 +380,27 @@ def nothing_in(source: Source, split: str, data: Data, enough: int | None) -> st
         return f"{source.name}: no document fell into the streamed validation part; raise data.validation_fraction={data.validation_fraction} or set data.streaming=false"
     return f"{source.name}: holds no text ({split}): every document is empty; give a corpus with text, or another data.text_column"
 
-# %% ../../nbs/30_text.ipynb #104e1009
-def keep(data: Data, name: str, request: Any, content: Callable[[], str], make: Callable[[Path], None], ending: str = "") -> Path:
-    """The folder of data.cache_dir that `make(folder)` fills, made now unless it is there; named by `name`, a hash of `request` and the hash that content() gives.
+# %% ../../nbs/30_text.ipynb #a1d95e64
+def kept_in(data: Data, name: str, request: Any, content: Callable[[], str], ending: str = "") -> Path:
+    """The folder of data.cache_dir, there or not, that is named by `name`, a hash of `request` and the hash that content() gives.
 
-    Safe with several processes at once. If content() finds the hub out of reach, the newest folder made earlier for that request serves. Raises DataError, and then leaves nothing behind."""
+    If content() finds the hub out of reach, the newest folder made earlier for that request serves; raises Unreachable if there is none."""
     readable = re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-") or "files"
     cache, stem = Path(data.cache_dir).expanduser(), f"{readable}-{short_hash(request)}"
-    try: folder = cache / f"{stem}-{content()}{ending}"
+    try: return cache / f"{stem}-{content()}{ending}"
     except Unreachable:
         earlier = sorted(cache.glob(f"{stem}-{'?' * 12}{ending}"), key=os.path.getmtime)
         if not earlier: raise
         say(f"{name} cannot be reached; using the rows prepared earlier in {earlier[-1]}")
         return earlier[-1]
-    lock, partial = cache / f".{folder.name}.lock", cache / f".{folder.name}.partial"
+
+def keep(data: Data, name: str, request: Any, content: Callable[[], str], make: Callable[[Path], None], ending: str = "") -> Path:
+    """The folder that `kept_in` names, filled now by `make(folder)` unless it is there.
+
+    Safe with several processes at once. Raises DataError, and then leaves nothing behind."""
+    folder = kept_in(data, name, request, content, ending)
     if folder.is_dir(): return folder
+    cache, lock, partial = folder.parent, folder.parent / f".{folder.name}.lock", folder.parent / f".{folder.name}.partial"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with alone(lock):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 'chosen', 'likely', 'draw_token', 'first_seen',
            'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'fixed_shapes',
-           'predict_in_graph', 'Generator', 'padded', 'with_settings', 'load_generator', 'generate']
+           'predict_in_graph', 'Generator', 'padded', 'with_settings', 'load_for_use', 'load_generator', 'generate']
 
-# %% ../../nbs/50_generate.ipynb #d62c5765
+# %% ../../nbs/50_generate.ipynb #5a3974db
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,9 @@ from ..models.layers import Context, KeyValue
 from ..products import Copies, packed
 from ..noise import Keys
 from ..thinking.verify import think
-from ..training.module import EnergyLanguageModule, LanguageModule, check_tokenizer, load_module
+from ..training.build import check_tokenizer, load_module
+from ..training.learner import CheckpointError, Learner
+from ..training.module import EnergyLanguageModule, LanguageModule
 
 # %% ../../nbs/50_generate.ipynb #17245e97
 @contextmanager
@@ -283,27 +285,32 @@ def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch se
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
-# %% ../../nbs/50_generate.ipynb #33a2267c
+# %% ../../nbs/50_generate.ipynb #25aad8a4
 CHANGEABLE = ("run.seed", "trainer.threads", "trainer.fast_products", *(f"thinking.{name}" for name in (
     "samples", "choose", "early_stop", "accept_only_lower", "anneal", "clamp", "curvature", "curvature_iterations", "start", "start_std", "infer_steps", "infer_step_size", "infer_step_size_factor",
-    "infer_step_size_last_only", "infer_noise", "infer_noise_first_only")), *(f"inference.{name}" for name in Inference.model_fields))
+    "infer_step_size_last_only", "infer_noise", "infer_noise_first_only")), *(f"inference.{name}" for name in Inference.model_fields), *(f"diffusion.{name}" for name in ("sampler", "sampling_steps", "recursion", "guidance")))
 
 def with_settings(config: RunConfig, settings: list[str] | dict[str, Any] = ()) -> RunConfig:
     "A trained model's configuration with settings for its use. Raises ConfigError for what is no key, no possible value, or fixed by training."
     settings = parse_overrides(settings)
     for key in settings.keys() & keys().keys():
-        if key not in CHANGEABLE: raise ConfigError(f"{key}: is fixed by training{nearest(key, CHANGEABLE)}; what can be set for a trained model is inference.*, run.seed, trainer.threads, trainer.fast_products and, of thinking, {', '.join(k.removeprefix('thinking.') for k in CHANGEABLE if k.startswith('thinking.'))}")
+        if key not in CHANGEABLE: raise ConfigError(f"{key}: is fixed by training{nearest(key, CHANGEABLE)}; what can be set for a trained model is inference.*, diffusion.sampler, sampling_steps, recursion and guidance, run.seed, trainer.threads, trainer.fast_products and, of thinking, {', '.join(k.removeprefix('thinking.') for k in CHANGEABLE if k.startswith('thinking.'))}")
     return changed(config, settings)
 
-def load_generator(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> Generator:
-    "The generator of a checkpoint file. Raises CheckpointError for a file that cannot be used, ConfigError as `with_settings` does."
+def load_for_use(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> Learner:
+    "The module of a checkpoint file, with settings for its use. Raises CheckpointError for a file that cannot be used, ConfigError as `with_settings` does."
     module = load_module(checkpoint)
-    config = with_settings(module.config, settings)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_tokenizer(checkpoint, dict(tokenizer=module.tokenizer), tokenizer)
-    module.config = config
+    module.config = config = with_settings(module.config, settings)
     if module.descent is not None: module.descent.policy = config.thinking
     if config.trainer.threads: torch.set_num_threads(config.trainer.threads)
+    return module
+
+def load_generator(checkpoint: Path | str | Learner, settings: list[str] | dict[str, Any] = ()) -> Generator:
+    "The generator of a checkpoint file, or of a module that `load_for_use` made. Raises CheckpointError for a model that is not of language, and as `load_for_use` does."
+    module, name = (checkpoint, "this model") if isinstance(checkpoint, Learner) else (load_for_use(checkpoint, settings), checkpoint)
+    if not isinstance(module, LanguageModule): raise CheckpointError(f"{name}: holds a model of kind {module.config.model.kind!r}, which writes no text; `ebt evaluate` and the experiments denoise and text_to_image use it")
+    tokenizer = load_tokenizer(module.config.data.tokenizer)
+    check_tokenizer(name, dict(tokenizer=module.tokenizer), tokenizer)
     return Generator(module, tokenizer)
 
 # %% ../../nbs/50_generate.ipynb #080bfd2c

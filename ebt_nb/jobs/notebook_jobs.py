@@ -4,21 +4,17 @@
 
 # %% auto #0
 __all__ = ['SET_ELSEWHERE', 'NotebookError', 'NotebookFailed', 'experiments_folder', 'find_notebook', 'parameters_of',
-           'default_of', 'fitted', 'split_settings', 'anchored', 'named_sources', 'Job', 'plan', 'check_data', 'Tee',
-           'headings', 'Interruptions', 'execute', 'run_notebook', 'take_folder', 'on', 'settings_of',
-           'folder_of_this_job', 'signal_below', 'finish', 'report_of']
+           'default_of', 'fitted', 'split_settings', 'anchored', 'named_sources', 'Job', 'plan', 'check_data',
+           'prepared', 'Tee', 'headings', 'Interruptions', 'execute', 'run_notebook', 'take_folder', 'on',
+           'settings_of', 'folder_of_this_job', 'signal_below', 'finish', 'report_of']
 
-# %% ../../nbs/70_notebook_jobs.ipynb #b4d7ac46
+# %% ../../nbs/70_notebook_jobs.ipynb #7eecb2ea
 import ast, json, os, signal, sys, threading, time
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import nbconvert
-import papermill
-from jupyter_client.manager import AsyncKernelManager
-from papermill.exceptions import PapermillExecutionError
 from pydantic import TypeAdapter, ValidationError
 
 import ebt_nb
@@ -50,19 +46,23 @@ def find_notebook(name: str | Path) -> Path:
     if str(name) in there: return there[str(name)]
     raise NotebookError(f"{name}: no such experiment{nearest(str(name), there)}; there are {listed(there) or 'none'}. The path of a notebook (.ipynb) does as well")
 
-# %% ../../nbs/70_notebook_jobs.ipynb #1081c56a
+# %% ../../nbs/70_notebook_jobs.ipynb #edbe1a40
 SET_ELSEWHERE = {"preset": "--preset NAME", "overrides": "-p section.key=value", "run_dir": "--runs-dir DIR"}
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
     "Names and defaults in a notebook's parameters cell. Raises NotebookError when the file is no notebook."
-    try: found = papermill.inspect_notebook(notebook)
-    except Exception as error: raise NotebookError(f"{notebook}: not a notebook that can be read ({str(error).splitlines()[0]})") from None
-    return {name: default_of(notebook, name, parameter["default"]) for name, parameter in found.items()}
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        source = next((cell["source"] for cell in cells if cell["cell_type"] == "code" and "parameters" in cell["metadata"].get("tags", [])), "")
+        lines = ast.parse("".join(source)).body
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error: raise NotebookError(f"{notebook}: not a notebook that can be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
+    found = [(line.targets[0] if isinstance(line, ast.Assign) else line.target, line.value) for line in lines if isinstance(line, ast.Assign) or isinstance(line, ast.AnnAssign) and line.value]
+    return {target.id: default_of(notebook, target.id, value) for target, value in found if isinstance(target, ast.Name)}
 
-def default_of(notebook: Path, name: str, source: str) -> Any:
+def default_of(notebook: Path, name: str, written: ast.expr) -> Any:
     "The value of a default written as a literal."
-    try: return ast.literal_eval(source)
-    except (ValueError, SyntaxError): raise NotebookError(f"{notebook}: the default of parameter {name!r} is {source}; a plain number, text, list or dictionary is needed") from None
+    try: return ast.literal_eval(written)
+    except ValueError: raise NotebookError(f"{notebook}: the default of parameter {name!r} is {ast.unparse(written)}; a plain number, text, list or dictionary is needed") from None
 
 def fitted(name: str, text: Any, default: Any) -> Any:
     "A value for a declared parameter, of the type of its default. Raises NotebookError when it cannot be."
@@ -124,12 +124,19 @@ def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | 
     values = own | {name: value for name, value in [("preset", preset), ("overrides", overrides), ("run_dir", str(folder))] if name in declared}
     return Job(path, values, folder, config)
 
-# %% ../../nbs/70_notebook_jobs.ipynb #e916d2dd
+# %% ../../nbs/70_notebook_jobs.ipynb #f938bcd7
 def check_data(config: RunConfig) -> None:
     "Read and pack what is to be trained on, unless it is the embedded novels. Raises DataError when it cannot be used, and then leaves nothing behind."
-    if config.data.source == "austen" and config.data.tokenizer in TOKENIZER_SIZES: return
+    if not (config.data.source == "austen" and config.data.tokenizer in TOKENIZER_SIZES): prepared(config)
+
+def prepared(config: RunConfig) -> Any:
+    "The data module of what a run is trained on, found, read and packed, unless it has been before. Raises DataError when it cannot be used, ConfigError when there is no room for it."
     from ebt_nb.data.serving import TextData
-    TextData(config).setup("fit")
+    from ebt_nb.training.estimate import check_cache
+    data = TextData(config)
+    check_cache(data)
+    data.setup("fit")
+    return data
 
 # %% ../../nbs/70_notebook_jobs.ipynb #93c6a8ab
 class Tee:
@@ -153,7 +160,7 @@ def headings(terminal: Tee):
         for line in found: terminal.write(f"[{time.monotonic() - start:4.0f} s] {line.lstrip('# ')}\n")
     return announce
 
-# %% ../../nbs/70_notebook_jobs.ipynb #4066feb8
+# %% ../../nbs/70_notebook_jobs.ipynb #12afcfe6
 class Interruptions:
     "While entered, hands Ctrl-C, SIGTERM and SIGUSR1 on to the kernel and counts them; the third ends it. Only the main thread can listen."
     def __init__(self): self.count, self.received, self.kernel, self.previous = 0, None, None, {}
@@ -165,8 +172,9 @@ class Interruptions:
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.previous.items(): signal.signal(number, handler)
 
-    def manager(self, log) -> type[AsyncKernelManager]:
+    def manager(self, log) -> type:
         "The class that papermill makes its kernel with, which is remembered here. Figures go into the notebook whatever MPLBACKEND says, and what its process itself says into the log."
+        from jupyter_client.manager import AsyncKernelManager
         class Manager(AsyncKernelManager):
             def start_kernel(manager, **settings: Any):
                 self.kernel = manager
@@ -184,9 +192,11 @@ class Interruptions:
         "Go no further once a signal has come, even if the notebook took no notice of it."
         if self.count: raise Interrupted(signal=self.received)
 
-# %% ../../nbs/70_notebook_jobs.ipynb #727f1990
+# %% ../../nbs/70_notebook_jobs.ipynb #3d9d8aa7
 def execute(job: Job) -> None:
     "Execute the job's notebook into its folder. Raises Interrupted when it was stopped, NotebookFailed with the cell's error when it failed."
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
     with open(job.folder / "console.log", "a", encoding="utf-8") as log, Interruptions() as interruptions:
         terminal = Tee(sys.stdout, log)
         announce = headings(terminal)
@@ -204,7 +214,7 @@ def execute(job: Job) -> None:
             if isinstance(error, OSError): raise NotebookFailed(f"{job.folder}: the report cannot be written ({error.strerror}); free some space") from None
             raise NotebookFailed(f"the notebook's process ended ({error}); often the memory was used up") from None
 
-# %% ../../nbs/70_notebook_jobs.ipynb #c57c9951
+# %% ../../nbs/70_notebook_jobs.ipynb #0070d473
 def run_notebook(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None, folder: Path | str | None = None) -> Path:
     """Run an experiment notebook as a job; returns its folder: a new one, or `folder`, which may have been made for it or hold what it left when it was stopped.
 
@@ -271,7 +281,9 @@ def finish(job: Job, status: str, details: dict[str, Any]) -> None:
     "Say how the job ended, and make the report readable in a browser."
     write_status(job.folder, status, **details)
     report = job.folder / "report.ipynb"
-    if report.is_file(): (job.folder / "report.html").write_text(nbconvert.HTMLExporter().from_filename(str(report))[0], encoding="utf-8")
+    if not report.is_file(): return
+    import nbconvert
+    (job.folder / "report.html").write_text(nbconvert.HTMLExporter().from_filename(str(report))[0], encoding="utf-8")
 
 def report_of(folder: Path) -> Path:
     "The report of an experiment folder: for a browser if there is one, else whatever was left."

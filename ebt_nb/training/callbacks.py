@@ -8,7 +8,7 @@ __all__ = ['Tracker', 'CALLBACKS', 'AtomicCheckpoints', 'StopSignals', 'StopRequ
            'build_trackers', 'Recorder', 'Console', 'shown', 'Progress', 'callback', 'early_stopping',
            'named_callbacks', 'quiet']
 
-# %% ../../nbs/43_callbacks.ipynb #9d3d3f33
+# %% ../../nbs/43_callbacks.ipynb #a7841eb5
 import contextlib
 import importlib
 import logging
@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgres
 from ..config import ConfigError, RunConfig, WorkbenchError, nearest
 from ..requeue import STOPPING
 from ..runs import MetricsFile
-from .module import CheckpointError, LanguageModule, read_checkpoint
+from .learner import CheckpointError, Learner, read_checkpoint
 
 # %% ../../nbs/43_callbacks.ipynb #1bbaa547
 class AtomicCheckpoints(CheckpointIO):
@@ -92,7 +92,7 @@ class StopSignals:
 class StopRequested(Exception):
     "Ends a training loop at a point where it has just been saved."
 
-# %% ../../nbs/43_callbacks.ipynb #d1927202
+# %% ../../nbs/43_callbacks.ipynb #42a1a3da
 def update_done(trainer: pl.Trainer, batch_idx: int) -> bool:
     "Whether this batch completed an optimiser update (accumulated ones do not)."
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -102,15 +102,15 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def __init__(self, folder: Path, last_every: int, keep_every: int | None = None, stop: StopSignals | None = None):
         self.folder, self.last_every, self.keep_every, self.stop, self.best = folder, last_every, keep_every, stop, math.inf
 
-    def on_train_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Learner) -> None:
         if self.stop is not None: self.stop.listen()          # Lightning has put a handler of its own in front, which ends a validation in its middle
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == trainer.max_steps: trainer.should_stop = True          # the last update is validated, whatever the interval
         validated = trainer.val_check_batch != math.inf and (batch_idx + 1) % trainer.val_check_batch == 0
         if update_done(trainer, batch_idx) and not validated and not trainer.should_stop: self.save_if_due(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: Learner) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         better, self.best = loss < self.best, min(loss, self.best)
         self.save_if_due(trainer, better)
@@ -203,29 +203,29 @@ def build_trackers(config: RunConfig, folder: Path, facts: dict[str, Any]) -> li
     kinds = [WandbTracker] * (config.tracking.wandb != "off") + [TensorBoardTracker] * config.tracking.tensorboard
     return [kind(config, folder, facts) for kind in kinds]
 
-# %% ../../nbs/43_callbacks.ipynb #e1e9eb39
+# %% ../../nbs/43_callbacks.ipynb #6d07f0da
 class Recorder(pl.Callback):
     "Writes the figures that modules and callbacks log: to `metrics` and every tracker. `latest` holds the newest of each."
     def __init__(self, metrics: MetricsFile, trackers: Sequence[Tracker] = ()):
         self.metrics, self.trackers, self.latest = metrics, list(trackers), {}
 
-    def on_train_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
-        self.clock, self.tokens = time.perf_counter(), 0
+    def on_train_start(self, trainer: pl.Trainer, module: Learner) -> None:
+        self.clock, self.units = time.perf_counter(), 0
         for tracker in self.trackers: tracker.watch(module.model)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        self.tokens += batch["inputs"].numel() * trainer.world_size
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Learner, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.units += module.amount(batch) * trainer.world_size
         step = trainer.global_step
         if not update_done(trainer, batch_idx) or (step % trainer.log_every_n_steps and step != trainer.max_steps): return
         now = time.perf_counter()
-        speed, self.clock, self.tokens = self.tokens / (now - self.clock), now, 0
+        speed, self.clock, self.units = self.units / (now - self.clock), now, 0
         fresh = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("val/") and (k in module.logged or not k.startswith("train/"))}
-        self.write(trainer, fresh | {"tokens_per_second": speed})
+        self.write(trainer, fresh | {f"{module.unit}_per_second": speed})
 
-    def on_validation_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, module: Learner) -> None:
         self.paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: Learner) -> None:
         self.clock += time.perf_counter() - self.paused
         self.write(trainer, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
 
@@ -236,7 +236,7 @@ class Recorder(pl.Callback):
         self.metrics.append(row)
         for tracker in self.trackers: tracker.log(row)
 
-# %% ../../nbs/43_callbacks.ipynb #8a2cbfaf
+# %% ../../nbs/43_callbacks.ipynb #13334c17
 class Console:
     "Lines of a run: appended to a file, and shown by `show` (None: not shown), until nobody looks any more. Raises WorkbenchError when the file cannot be written."
     def __init__(self, path: Path, show: Callable[[str], None] | None = None): self.path, self.show = path, show
@@ -254,18 +254,18 @@ def shown(row: dict[str, float], total: int, seconds_left: float | None = None) 
     parts = [f"step {row.get('step', 0)}/{total}"]
     if "train/loss" in row: parts.append(f"loss {row['train/loss']:.3f}")
     if "val/loss" in row: parts.append(f"validation {row['val/loss']:.3f}" + (f" ({row['val/bits_per_character']:.3f} bits a character)" if "val/bits_per_character" in row else ""))
-    if "tokens_per_second" in row: parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    parts += [f"{value:,.0f} {name.removesuffix('_per_second')}/s" for name, value in row.items() if name.endswith("_per_second")]
     if seconds_left is not None: parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)
 
-# %% ../../nbs/43_callbacks.ipynb #a3234870
+# %% ../../nbs/43_callbacks.ipynb #0b689e83
 class Progress(pl.Callback):
     "Says how far training is: a bar on a terminal (`rich`), else lines (`plain`), at least `every` seconds apart."
     def __init__(self, console: Console, recorder: Recorder, style: Literal["rich", "plain", "none"], every: float = 5.0):
         self.console, self.recorder, self.every, self.bar = console, recorder, every, None
         self.wants_bar = style == "rich" and sys.stdout.isatty()
 
-    def on_train_start(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Learner) -> None:
         self.began, self.first_step, self.said = time.perf_counter(), trainer.global_step, time.perf_counter()
         if not (self.wants_bar and trainer.is_global_zero): return
         self.bar = RichProgress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn(), console=RichConsole(force_jupyter=False))
@@ -273,7 +273,7 @@ class Progress(pl.Callback):
         self.bar.start()
         self.console.show = partial(self.bar.console.print, markup=False, highlight=False)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, now, latest = trainer.global_step, time.perf_counter(), self.recorder.latest
         if self.bar is not None: self.bar.update(self.task, completed=step, description=shown(latest, trainer.max_steps) if latest else "")
         elif trainer.is_global_zero and now - self.said >= max(self.every, min(60.0, (now - self.began) / 50)):
@@ -281,10 +281,10 @@ class Progress(pl.Callback):
             left = (now - self.began) / max(1, step - self.first_step) * (trainer.max_steps - step)
             self.console.line(shown(latest | {"step": step}, trainer.max_steps, left))
 
-    def on_validation_end(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: Learner) -> None:
         if trainer.is_global_zero: self.console.line("validated: " + shown(self.recorder.latest, trainer.max_steps))
 
-    def teardown(self, trainer: pl.Trainer, module: LanguageModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, module: Learner, stage: str) -> None:
         if self.bar is None: return
         self.bar.stop()
         self.console.show, self.bar = print, None

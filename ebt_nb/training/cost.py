@@ -6,7 +6,7 @@
 __all__ = ['Precision', 'COUNTED', 'Shape', 'model_to_measure', 'batch_to_measure', 'train_once', 'flops', 'fewest_flops',
            'seconds_of', 'matrix_rate', 'compare_steps', 'memory_of_step']
 
-# %% ../../nbs/45_cost.ipynb #d4074ab1
+# %% ../../nbs/45_cost.ipynb #87458d41
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Conditioning, build_config, checked
 from ..memory import keep_memory, peak_growth
 from ..products import fast_products
-from .module import Batch, LanguageModule, build_module
+from .build import build_module
+from .learner import Batch
+from .module import LanguageModule
 
 # %% ../../nbs/45_cost.ipynb #f0d8d121
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'free_memory', 'free_disk', 'Estimate', 'estimate', 'step_memory', 'readable', 'check_room', 'check_cache',
            'text_bytes', 'prepared_before']
 
-# %% ../../nbs/43_estimate.ipynb #cbb765e0
+# %% ../../nbs/43_estimate.ipynb #24eb5f4b
 import os
 import shutil
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ import torch
 from ..config import ConfigError, RunConfig
 from ..data.serving import TextData
 from ..thinking.replay import bytes_of
-from .module import network, replay_fields
+from .build import kind_of
 
 # %% ../../nbs/43_estimate.ipynb #638bf2e1
 def free_memory(device: str = "cpu") -> int | None:
@@ -49,7 +49,7 @@ def free_disk(folder: Path | str) -> int:
     folder = Path(folder).expanduser().absolute()
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))).free
 
-# %% ../../nbs/43_estimate.ipynb #6b97b197
+# %% ../../nbs/43_estimate.ipynb #a864cbc9
 STATES = {"adamw": 2, "stable_adamw": 2, "lars": 1}        # numbers that an optimiser keeps for each weight
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Estimate:
 def estimate(config: RunConfig, device: str = "cpu") -> Estimate:
     "An estimate from shapes alone."
     t, o = config.trainer, config.optim
-    with torch.device("meta"): model = network(config)
+    with torch.device("meta"): model = kind_of(config).network(config)
     count, number, processes = sum(p.numel() for p in model.parameters()), 8 if t.precision == "64-true" else 4, t.devices * t.nodes
-    replay = bytes_of(config.thinking.replay, replay_fields(config)) if config.model.kind == "ebt" and config.thinking.replay else 0
+    replay = bytes_of(config.thinking.replay, kind_of(config).replay_fields(config)) if config.thinks and config.thinking.replay else 0
     weights, state = count * number, count * number * STATES[o.name]
     parts = processes if t.strategy == "fsdp" else 1
     exchanged = weights if processes > 1 and parts == 1 else 0            # gradients on their way to other processes
@@ -76,18 +76,18 @@ def estimate(config: RunConfig, device: str = "cpu") -> Estimate:
 
 def step_memory(config: RunConfig, device: str = "cpu") -> int:
     "Bytes that a training step takes beside what is held: inputs and insides of blocks, and candidates, of the rows it goes through at a time."
-    m, t, seq, rows = config.model, config.trainer, config.data.context, config.data.batch_size
-    ebt = m.kind == "ebt"
+    m, t, ebt, rows, images = config.model, config.trainer, config.thinks, config.data.batch_size, config.data.task in ("denoise", "generate")
+    seq, values = ((config.image_shape[1] // m.patch) ** 2, config.image_shape[0] * m.patch**2) if images else (config.data.context, m.vocab_size)      # positions, and numbers of a candidate in each
     block = 20 * m.width + 4 * m.heads * seq
     blocks = m.layers * m.width + block if t.recompute else m.layers * block
-    row = seq * (blocks + ebt * m.vocab_size)
-    if ebt: rows = min(rows, t.rows_at_once or (rows if device == "cuda" else max(1, 100_000_000 // row)))
+    row = seq * (blocks + ebt * values)
+    if ebt and not images: rows = min(rows, t.rows_at_once or (rows if device == "cuda" else max(1, 100_000_000 // row)))
     graph = 3 * ebt or 1                                                    # forwards, backwards and pushed up: see below
     thoughts = config.thinking.steps * config.thinking.visits_max if ebt and not (config.thinking.detach or config.thinking.truncate) else 1
-    logits = 6 * min(rows * seq, 1024) * m.vocab_size                       # the baseline's, a chunk at a time
-    return 4 * rows * row * graph * thoughts + (4 * seq * m.vocab_size * (config.data.batch_size - rows) if ebt else logits)
+    logits = 6 * min(rows * seq, 1024) * values                       # the baseline's, a chunk at a time
+    return 4 * rows * row * graph * thoughts + (4 * seq * values * (config.data.batch_size - rows) if ebt else logits)
 
-# %% ../../nbs/43_estimate.ipynb #a3320082
+# %% ../../nbs/43_estimate.ipynb #f56a91a7
 def readable(size: float) -> str:
     "A number of bytes in kB, MB, GB or TB."
     return next(f"{size / unit:.3g} {name}" for unit, name in [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")] if size >= unit or unit == 1)
@@ -102,7 +102,7 @@ def check_room(config: RunConfig, device: str = "cpu", folder: Path | None = Non
     disk, to_write = free_disk(where), max(0, found.checkpoints - there)
     of = f"{together} processes: " if together > 1 else ""
     if memory is not None and least > memory:
-        raise ConfigError(f"data.batch_size: {of}{found.parameters:,} parameters with gradients and optimiser state" + " and replay buffer" * bool(config.thinking.replay and config.model.kind == "ebt") +
+        raise ConfigError(f"data.batch_size: {of}{found.parameters:,} parameters with gradients and optimiser state" + " and replay buffer" * bool(config.thinking.replay and config.thinks) +
                           f" take {readable(together * found.held)} of memory and a step about {readable(together * found.step)} more; {readable(memory)} are free. "
                           "Lower data.batch_size (trainer.accumulate makes up for it), data.context, model.size or thinking.replay, or set trainer.rows_at_once=1 or trainer.recompute=true")
     if to_write > disk:

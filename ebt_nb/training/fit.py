@@ -7,7 +7,7 @@ __all__ = ['FIXED', 'started_by', 'environment', 'strategy', 'build_trainer', 'c
            'starting_point', 'parameter_counts', 'introduce', 'ending', 'fit', 'ready', 'alone_in', 'train', 'threads',
            'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #df129520
+# %% ../../nbs/44_fit.ipynb #35214b2f
 import contextlib
 import math
 import os
@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
-from ..config import ConfigError, RunConfig, WorkbenchError, changed, keys
+from ..config import ConfigError, RunConfig, WorkbenchError, changed, checked, keys
+from ..data.image_serving import ImageData, data_module
 from ..data.serving import TextData
 from ..memory import keep_memory
 from ..products import fast_products
@@ -35,7 +36,8 @@ from ..thinking.replay import bytes_of
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
                                        code_version, named_callbacks, quiet)
 from .estimate import check_cache, check_room, readable
-from .module import CheckpointError, LanguageModule, build_module, compiles, check_tokenizer, read_checkpoint, replay_fields, start_from, token_space
+from .build import build_module, check_tokenizer, kind_of, start_from
+from .learner import CheckpointError, Learner, compiles, read_checkpoint
 
 # %% ../../nbs/44_fit.ipynb #afcb7e8b
 def started_by() -> Literal["torchrun", "srun"] | None:
@@ -85,20 +87,20 @@ def common_run(config: RunConfig, trainer: pl.Trainer) -> Run:
     folder = Run.create(config).dir if trainer.is_global_zero else None
     return Run.open(trainer.strategy.broadcast(folder))
 
-# %% ../../nbs/44_fit.ipynb #01c765f2
+# %% ../../nbs/44_fit.ipynb #aa52f0d3
 FIXED = [key for key in keys() if key.startswith("model.") and key not in ("model.size", "model.weights", "model.init", "model.first_update_std")] + [
     "thinking.steps", "thinking.step_size", "thinking.learn_step_size", "thinking.replay", "thinking.replay_precision", "optim.name", "optim.peak_lr", "optim.step_size_lr_multiplier", "optim.betas", "optim.weight_decay", "trainer.accumulate"]
 
-def check_resumable(path: Path, checkpoint: dict[str, Any], config: RunConfig, data: TextData) -> None:
+def check_resumable(path: Path, checkpoint: dict[str, Any], config: RunConfig, data: TextData | ImageData) -> None:
     "Raise CheckpointError or DataError when training cannot go on from a checkpoint with this configuration and data."
     check_tokenizer(path, checkpoint, data.tokenizer)
-    def value(tree, key): section, name = key.split("."); return tree[section].get(name)
-    here = config.model_dump(mode="json")
-    differ = [f"{key} is {value(here, key)}, in the checkpoint {value(checkpoint['config'], key)}" for key in FIXED if value(here, key) != value(checkpoint["config"], key)]
+    def value(tree, key): section, name = key.split("."); return tree[section][name]
+    here, there = config.model_dump(mode="json"), checked(checkpoint["config"]).model_dump(mode="json")            # with what keys meant before there were any
+    differ = [f"{key} is {value(here, key)}, in the checkpoint {value(there, key)}" for key in dict.fromkeys([*FIXED, *kind_of(config).shape]) if value(here, key) != value(there, key)]
     if differ: raise CheckpointError(f"{path}: made with another configuration: {'; '.join(differ)}. Resume with the run's own config.yaml, or start a new run")
     for state in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []): data.train_dataloader().load_state_dict(state)
 
-def starting_point(config: RunConfig, run: Run | None, resume: bool | str, data: TextData) -> tuple[Path | None, int]:
+def starting_point(config: RunConfig, run: Run | None, resume: bool | str, data: TextData | ImageData) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step; none and 0 for a new run, or one that was stopped before its first checkpoint.
 
     Raises RunError, CheckpointError or DataError when the run cannot be resumed, or has been trained and is not to be resumed.
@@ -116,25 +118,22 @@ def starting_point(config: RunConfig, run: Run | None, resume: bool | str, data:
     check_resumable(path, checkpoint, config, data)
     return path, checkpoint["global_step"]
 
-# %% ../../nbs/44_fit.ipynb #915b6b6d
+# %% ../../nbs/44_fit.ipynb #6f87a185
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     "Parameters in all, and without token tables and output head."
     tables = {id(m.weight) for name, m in model.named_modules() if name in ("embedding", "candidate_embedding", "output_head")}
     return dict(parameters=sum(p.numel() for p in model.parameters()), parameters_without_embeddings=sum(p.numel() for p in model.parameters() if id(p) not in tables))
 
-def introduce(config: RunConfig, module: LanguageModule, device: str = "cpu") -> list[str]:
+def introduce(config: RunConfig, module: Learner, device: str = "cpu") -> list[str]:
     "Lines that say what is about to be trained, on which kind of device. Raises ConfigError where compiling is asked for and a compiler is missing."
     m, t, d, counts = config.model, config.trainer, config.data, parameter_counts(module.model)
-    kind = "feed-forward transformer" if m.kind == "transformer" else f"energy-based transformer ({m.conditioning})"
-    processes = t.devices * t.nodes
-    tokens = d.batch_size * d.context * t.accumulate * processes
-    lines = [f"{kind}, {m.layers} layers x {m.width}, {m.heads} heads: {counts['parameters']:,} parameters, {counts['parameters_without_embeddings']:,} without embeddings",
-             f"one update: {d.batch_size} sequences x {d.context} tokens x {t.accumulate} accumulated x {processes} processes = {d.batch_size * t.accumulate * processes} sequences, {tokens:,} tokens; {t.max_steps:,} updates"]
-    if m.kind == "ebt" and token_space(module.model, config).start_std < config.thinking.start_std and config.thinking.start == "noise":
-        lines.append(f"starting noise {token_space(module.model, config).start_std:g} instead of thinking.start_std={config.thinking.start_std:g}: rule {config.thinking.rule!r} keeps it in the prediction (model.init=calibrated)")
-    if m.kind == "ebt" and config.thinking.replay:
-        fields = replay_fields(config)
-        lines.append(f"replay buffer: {config.thinking.replay} samples of {d.context} x {m.vocab_size:,} candidates in {config.thinking.replay_precision}, {readable(bytes_of(config.thinking.replay, fields))} per process; "
+    processes, per, name = t.devices * t.nodes, module.units_in_sample, module.samples
+    together = d.batch_size * t.accumulate * processes
+    lines = [f"{module.title}, {m.layers} layers x {m.width}, {m.heads} heads: {counts['parameters']:,} parameters, {counts['parameters_without_embeddings']:,} without embeddings",
+             f"one update: {d.batch_size} {name}" + (f" x {per} {module.unit}" if per > 1 else "") + f" x {t.accumulate} accumulated x {processes} processes = {together} {name}" + (f", {together * per:,} {module.unit}" if per > 1 else "") + f"; {t.max_steps:,} updates", *module.notes()]
+    if config.thinks and config.thinking.replay:
+        fields = kind_of(config).replay_fields(config)
+        lines.append(f"replay buffer: {config.thinking.replay} samples of {' x '.join(f'{n:,}' for n in fields['candidate'][0])} candidates in {config.thinking.replay_precision}, {readable(bytes_of(config.thinking.replay, fields))} per process; "
                      f"{math.ceil(config.thinking.replay_share * d.batch_size)} of them in each batch beside {d.batch_size} fresh ones")
     if config.run.defaults: lines.append(f"site defaults were taken from {config.run.defaults}")
     if compiles(config, device): lines.append("training steps are compiled, which takes minutes at the first update, and at the first with any other number of thinking steps")
@@ -161,7 +160,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console, stop: StopSignals) -
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #2fff9c32
+# %% ../../nbs/44_fit.ipynb #6a2bcc01
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich", callbacks: Sequence[pl.Callback] = ()) -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -185,7 +184,7 @@ def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, p
         train(run, config, module, data, [*callbacks, *extra], checkpoint, step, progress, room)
     return run
 
-def ready(config: RunConfig, starting: bool = False) -> tuple[pl.Trainer, TextData, list[pl.Callback]]:
+def ready(config: RunConfig, starting: bool = False) -> tuple[pl.Trainer, TextData | ImageData, list[pl.Callback]]:
     "A trainer, prepared data and the named callbacks: whatever of these cannot be is refused here, before a folder is made. Whoever is `starting` others gets a trainer like theirs, of one process."
     check_tracking(config)
     extra = named_callbacks(config)
@@ -193,7 +192,7 @@ def ready(config: RunConfig, starting: bool = False) -> tuple[pl.Trainer, TextDa
     trainer = build_trainer(changed(config, {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto"}) if starting else config, Path(), [])
     if trainer.strategy.root_device.type == "cuda" and config.trainer.devices > torch.cuda.device_count(): raise ConfigError(f"trainer.devices: {config.trainer.devices}, and this machine has {torch.cuda.device_count()} GPUs")
     compiles(config, trainer.strategy.root_device.type)
-    data = TextData(config)
+    data = data_module(config)
     if (line := check_cache(data)) and trainer.is_global_zero: say(line)
     data.setup("fit")
     return trainer, data, extra
@@ -217,7 +216,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         finally:
             if new and path.exists() and not path.stat().st_size: path.unlink()             # refused before anything was said
 
-def train(run: Run, config: RunConfig, module: LanguageModule, data: TextData, extra: list[pl.Callback], checkpoint: Path | None, step: int, progress: str, room: list[str]) -> None:
+def train(run: Run, config: RunConfig, module: Learner, data: TextData | ImageData, extra: list[pl.Callback], checkpoint: Path | None, step: int, progress: str, room: list[str]) -> None:
     "The training itself, in a run folder, from `checkpoint` (saved at `step`) if there is one; `room` says what it takes."
     console, stop, metrics = Console(run.dir / "console.log"), StopSignals(lambda text: None), MetricsFile(run.dir / "metrics.csv")
     recorder = Recorder(metrics)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['short_of', 'Again', 'Watch', 'Overfitted', 'overfit']
 
-# %% ../../nbs/46_overfit.ipynb #0cde41f3
+# %% ../../nbs/46_overfit.ipynb #d1ef1057
 import math
 import time
 import warnings
@@ -17,12 +17,15 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ..config import ConfigError, RunConfig, changed
+from ..data.image_serving import data_module
 from ..data.serving import TextData
 from ..memory import keep_memory
 from ..products import fast_products
 from .callbacks import quiet
 from .fit import build_trainer, threads
-from .module import Batch, LanguageModule, build_module
+from .build import build_module
+from .learner import Batch
+from .module import LanguageModule
 
 # %% ../../nbs/46_overfit.ipynb #87d61e92
 def short_of(config: RunConfig, updates: int) -> RunConfig:
@@ -53,7 +56,7 @@ class Watch(pl.callbacks.Checkpoint):
         if there or trainer.global_step % self.interval == 0 or trainer.global_step in (1, trainer.max_steps): self.say(f"update {trainer.global_step:4}  loss {mean:.4f}  gradient {found['train/gradient_norm']:.3g}  lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}")
         if there: trainer.should_stop = True
 
-# %% ../../nbs/46_overfit.ipynb #6221bcab
+# %% ../../nbs/46_overfit.ipynb #7603f95b
 @dataclass
 class Overfitted:
     "What came of it: a row of figures for each update (`loss`: that of the last thinking step, over the newest pass, nats per token), the update that reached `target` (None: none did), and the trained module."
@@ -80,7 +83,7 @@ def overfit(config: RunConfig, batches: int = 1, interval: int = 10, updates: in
         if value < 1: raise ConfigError(f"{name}: {value} is too few; give at least 1")
     if target <= 0: raise ConfigError(f"target: a loss of {target} is never reached; give a number above 0, such as 0.1")
     config, begun = short_of(config, updates), time.perf_counter()
-    data = TextData(config)
+    data = data_module(config)
     data.setup("fit")
     same = [batch for batch, _ in zip(data.train_dataloader(), range(batches))]
     with quiet(), warnings.catch_warnings(), threads(config.trainer.threads), fast_products(config.trainer.fast_products), keep_memory(config.trainer.keep_memory):

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Pictures from captions by a trained model, from a fresh checkout too: sets up .venv, then draws.
+# First the checkpoint, if not the best of the only run called `image/t2i_ebt_s1` below ./runs; all else is handed on to `ebt draw`, such as:
+#   bash job_scripts/img/inference/draw.sh image/t2i_dit:best --caption "red apple" --caption "green apple" --to apples.png
+set -euo pipefail
+script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
+checkpoint=image/t2i_ebt_s1:best
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi
+bash "$here/job_scripts/setup.sh"
+exec "$here/.venv/bin/ebt" draw "$checkpoint" "$@"
