@@ -21,11 +21,13 @@ RECIPES = {
     "all randomness, accumulated": {"thinking.noise": 0.5, "thinking.random_step_size": 2.0, "thinking.visits_max": 3, "thinking.detach": False, "thinking.truncate": True, "objective.steps": "last",
                                     "thinking.replay": 12, "trainer.accumulate": 2, "optim.name": "stable_adamw"},
     "baseline, streamed": {"model.kind": "transformer", "data.streaming": True, "optim.name": "lars"},
+    "pictures": {"preset": "image/quickstart", "data.image_size": 8, "data.flip": True, "diffusion.random_level": True, "thinking.noise": 0.1, "thinking.random_step_size": 2.0, "thinking.visits_max": 3, "thinking.detach": False, "objective.steps": "last", "thinking.replay": 12},
+    "diffusion": {"preset": "image/quickstart", "model.kind": "dit", "data.image_size": 8},
 }
 
 
-def tiny(folder: Path, **changes) -> RunConfig:
-    return build_config("text/quickstart", {
+def tiny(folder: Path, preset: str = "text/quickstart", **changes) -> RunConfig:
+    return build_config(preset, {
         "model.layers": 2, "model.width": 32, "model.heads": 2, "data.context": 16, "data.batch_size": 4, "data.max_documents": 200, "data.cache_dir": str(folder / "cache"), "run.runs_dir": str(folder / "runs"),
         "trainer.max_steps": 14, "trainer.val_every": 4, "trainer.val_batches": 2, "trainer.log_every": 2, "trainer.checkpoint_every": 5, "trainer.threads": 1, "optim.warmup_steps": 4} | changes)
 
@@ -47,7 +49,7 @@ def straight(folder):
 def final(run: Run) -> dict:
     "Everything that must be equal: from the last checkpoint, and all figures but the speed."
     checkpoint = read_checkpoint(run.checkpoint())
-    figures = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.metrics]
+    figures = [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in run.metrics]
     loader = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     return {k: checkpoint[k] for k in ("state_dict", "optimizer_states", "lr_schedulers", "micro_steps", "global_step", "callbacks", "replay") if k in checkpoint} | dict(figures=figures, loader=loader)
 

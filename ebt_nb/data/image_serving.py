@@ -6,10 +6,10 @@
 __all__ = ['Encode', 'mirrored', 'ImageRows', 'numbers', 'weights_of', 'encoded', 'latents_key', 'latents_folder',
            'write_latents', 'listed', 'keep_latents', 'find_latents', 'ImageData', 'data_module']
 
-# %% ../../nbs/36_image_serving.ipynb #cb906be0
+# %% ../../nbs/36_image_serving.ipynb #d3696625
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 import torch.utils.data
 from datasets.arrow_writer import ArrowWriter
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped
 from lightning import LightningDataModule
 from torch import Tensor
 

@@ -34,7 +34,7 @@ def scheduler(sampler: Sampler, betas: Float[Tensor, "times"], clip: bool = Fals
     made.set_timesteps(len(betas))
     return made
 
-# %% ../../nbs/15_diffusion.ipynb #9e07e09b
+# %% ../../nbs/15_diffusion.ipynb #1bce0e1d
 class Schedule:
     "The first `steps` of a noising chain of int(steps / level) steps, whose betas grow linearly; tables are float64. Raises ConfigError for a chain shorter than its steps, or so short that it would add more noise than there is."
     def __init__(self, steps: int = 1000, level: float = 1.0):
@@ -44,11 +44,7 @@ class Schedule:
         self.steps, self.level, self.length = steps, level, length
         self.betas = torch.linspace(0.1 / length, 20 / length, length, dtype=torch.float64)
         self.scheduler = scheduler("ddpm", self.betas)
-
-    @property
-    def alphas_cumprod(self) -> Float[Tensor, "length"]:
-        "What is left of an image's variance after each step of the whole chain."
-        return self.scheduler.alphas_cumprod
+        self.alphas_cumprod = self.scheduler.alphas_cumprod                # what is left of an image's variance after each step of the whole chain
 
     def add_noise(self, images: Float[Tensor, "batch channels rows columns"], t: Int[Tensor, "batch"], noise: Float[Tensor, "batch channels rows columns"]) -> Float[Tensor, "batch channels rows columns"]:
         "Images after step t, by given standard normal noise."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageConditioning', 'grid_positions', 'PatchEmbedding', 'normed', 'gathered', 'PatchAttention', 'gelu', 'PatchMLP',
            'PatchBlock', 'PatchTransformer', 'ImageContext', 'BidirectionalEBT', 'ImageEnergy', 'initialise_backbone',
-           'initialise_image_energy', 'time_features', 'DiT', 'initialise_dit']
+           'initialise_image_energy', 'initialise_image_as_published', 'time_features', 'DiT', 'initialise_dit']
 
 # %% ../../nbs/13_dit.ipynb #637174fd
 import math
@@ -146,7 +146,7 @@ def gathered(qkv: Float[Tensor, "*batch patches thrice"], heads: int) -> tuple[F
     mixed, *kept = _Gather.apply(qkv, heads)
     return mixed, lambda gradient: _PullGather.apply(gradient, qkv, *kept)
 
-# %% ../../nbs/13_dit.ipynb #e97a0bce
+# %% ../../nbs/13_dit.ipynb #5f212fd4
 class PatchAttention(nn.Module):
     "Multi-head attention, with biases, in which every patch sees every patch."
     def __init__(self, width: int, heads: int):
@@ -155,6 +155,7 @@ class PatchAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch patches width"]) -> Float[Tensor, "*batch patches width"]:
         "What every patch gathers from all; may be differentiated once."
+        if x.is_cpu and x.shape[-2] <= 256: return self.out(gathered(self.qkv(x), self.heads)[0])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).flatten(0, -5).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
@@ -374,7 +375,7 @@ class ImageEnergy:
         "Energies and forces, with a graph of both or without."
         return self.model.energy_and_force(embedded, self.context, landscape, differentiable)
 
-# %% ../../nbs/13_dit.ipynb #405ac42f
+# %% ../../nbs/13_dit.ipynb #87b39749
 @torch.no_grad()
 def initialise_backbone(model: PatchTransformer) -> None:
     "Xavier-uniform matrices, biases at zero, and adaptive layers at zero (adaLN-zero): every block starts as the identity. Captions add numbers of size one to a condition."
@@ -392,6 +393,12 @@ def initialise_image_energy(model: BidirectionalEBT) -> None:
     nn.init.normal_(model.condition)
     nn.init.normal_(model.energy_head.weight, std=model.energy_head.in_features**-0.5)
     if model.step_embedding is not None: nn.init.normal_(model.step_embedding.weight)
+
+@torch.no_grad()
+def initialise_image_as_published(model: BidirectionalEBT) -> None:
+    "The reference code's start, kept to compare with: the same with a head of zeros."
+    initialise_image_energy(model)
+    nn.init.zeros_(model.energy_head.weight)
 
 # %% ../../nbs/13_dit.ipynb #21ae30cf
 def time_features(t: Int[Tensor, "batch"], dtype: torch.dtype = torch.float32, width: int = 256) -> Float[Tensor, "batch width"]:

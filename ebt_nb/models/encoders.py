@@ -8,13 +8,13 @@ __all__ = ['EMBEDDED', 'MINILM', 'EncoderError', 'fingerprint_of', 'ImageEncoder
            'DINOEncoder', 'image_encoder', 'TextEncoder', 'MiniLMEncoder', 'CLIPEncoder', 'text_encoder',
            'minilm_folder', 'tokenizer_of']
 
-# %% ../../nbs/14_encoders.ipynb #5ca20c29
-import contextlib
+# %% ../../nbs/14_encoders.ipynb #ccc029a2
 import hashlib
 import importlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -126,13 +125,13 @@ class SmallEncoder(ImageEncoder):
     def latents(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch channels side side"]: return self.network.encode(images)[0]
     def images(self, latents: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch 3 size size"]: return self.network.decode(latents)
 
-# %% ../../nbs/14_encoders.ipynb #e32f009b
+# %% ../../nbs/14_encoders.ipynb #ec180316
 def needed(package: str, key: str) -> ModuleType:
     "A package that only some encoders need. Raises EncoderError if it is not installed."
     try: return importlib.import_module(package)
     except ImportError as error: raise EncoderError(f"{key}: needs the package {package} ({error}); pip install 'ebt-workbench[images]'") from error
 
-@contextlib.contextmanager
+@contextmanager
 def quiet(library: ModuleType) -> Iterator[None]:
     "Inside, diffusers or transformers show no progress bars, no warnings and nothing else below an error."
     said = library.utils.logging

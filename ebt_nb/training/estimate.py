@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'free_memory', 'free_disk', 'Estimate', 'estimate', 'step_memory', 'readable', 'check_room', 'check_cache',
            'text_bytes', 'prepared_before']
 
-# %% ../../nbs/43_estimate.ipynb #24eb5f4b
+# %% ../../nbs/43_estimate.ipynb #3a65bea5
 import os
 import shutil
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..config import ConfigError, RunConfig
+from ..data.image_serving import ImageData
 from ..data.serving import TextData
 from ..thinking.replay import bytes_of
 from .build import kind_of
@@ -111,8 +112,8 @@ def check_room(config: RunConfig, device: str = "cpu", folder: Path | None = Non
     said = f"memory: {of}{readable(together * found.held)} for weights, gradients and optimiser state, about {readable(together * found.step)} for a step" + (f"; {readable(memory)} free" if memory is not None else "")
     return [said, f"disk: {readable(found.checkpoint)} a checkpoint, at most {readable(found.checkpoints)} in all; {readable(disk)} free"]
 
-# %% ../../nbs/43_estimate.ipynb #d736924b
-def check_cache(data: TextData) -> str | None:
+# %% ../../nbs/43_estimate.ipynb #e995af77
+def check_cache(data: TextData | ImageData) -> str | None:
     "A line about what preparing a corpus takes, None where that is little. Raises ConfigError when data.cache_dir cannot hold it."
     d, files = data.config.data, getattr(data.source, "files", {})
     cache = Path(d.cache_dir).expanduser().absolute()

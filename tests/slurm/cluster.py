@@ -141,7 +141,7 @@ class Cluster:
         "What Slurm knows of a job, or of every task of an array."
         return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in self.call("scontrol", "--oneliner", "show", "job", number).splitlines()]
 
-    def ended(self, number: str, seconds: float = 60) -> list[dict[str, str]]:
+    def ended(self, number: str, seconds: float = 180) -> list[dict[str, str]]:
         "The same, once all of it has ended."
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.until(lambda: all(job["JobState"] in over for job in self.jobs(number)), f"job {number} has not ended: {[job['JobState'] for job in self.jobs(number)]}", seconds)
