@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forker
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
@@ -21,6 +22,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "agreement: notebooks, package and README say the same; tests/run.sh runs these first")
+
+
+@pytest.fixture(scope="session")
+def forker():
+    "Runs `ebt` in processes of their own that need not import anything first."
+    made = Forker()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -142,16 +142,16 @@ def test_a_job_outlives_its_terminal(tmp_path, notebook):
     assert read_status(folder)["status"] == "done" and "step 1\nstep 2\n" in (folder / "console.log").read_text()
 
 
-def test_a_failing_cell(tmp_path, notebook):
-    code, out, err = ebt("run", notebook("print('so far so good')", "{}['missing']", "print('never')"), "--runs-dir", tmp_path / "runs")
+def test_a_failing_cell(tmp_path, notebook, forker):
+    code, out, err = forker.run("run", notebook("print('so far so good')", "{}['missing']", "print('never')"), "--runs-dir", tmp_path / "runs")
     folder = only_folder(tmp_path / "runs")
     assert code == 1 and err == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\nOnce the cause is mended, go on with `ebt run {tmp_path}/job.ipynb --folder {folder}`\n"
     assert "so far so good" in out and "never" not in out and "KeyError" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "failed"
 
 
-def test_a_notebook_whose_process_dies(tmp_path, notebook):
-    code, out, err = ebt("run", notebook("print('so far so good', flush=True)", "import os\nos.kill(os.getpid(), 9)"), "--runs-dir", tmp_path / "runs")
+def test_a_notebook_whose_process_dies(tmp_path, notebook, forker):
+    code, out, err = forker.run("run", notebook("print('so far so good', flush=True)", "import os\nos.kill(os.getpid(), 9)"), "--runs-dir", tmp_path / "runs")
     folder = only_folder(tmp_path / "runs")
     assert code == 1 and "job failed: the notebook's process ended" in err and "Traceback" not in err
     assert read_status(folder)["status"] == "failed" and "so far so good" in (folder / "report.html").read_text()
@@ -187,12 +187,12 @@ def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, noteb
 
 # Training from a file
 
-def test_train_list_and_resume(tmp_path):
+def test_train_list_and_resume(tmp_path, forker):
     tiny = {"model.width": 32, "model.heads": 2, "data.context": 16, "data.batch_size": 4, "data.max_documents": 50, "data.cache_dir": str(tmp_path / "cache"), "trainer.val_batches": 1, "trainer.threads": 1}
     for name, steps in [("short", 2), ("longer", 4)]: (tmp_path / f"{name}.yaml").write_text(build_config("text/quickstart", tiny | {"trainer.max_steps": steps}).to_yaml())
     code, out, err = ebt("train", "short.yaml", cwd=tmp_path)
     assert code == 0 and "step 2/2" in out, err
-    code, out, err = ebt("train", "longer.yaml", "--resume", "text/quickstart", cwd=tmp_path)
+    code, out, err = forker.run("train", "longer.yaml", "--resume", "text/quickstart", cwd=tmp_path)
     assert code == 0 and "resumed at step 2" in out and "step 4/4" in out, err
     [run] = find_runs(tmp_path / "runs")
     header, line = ebt("runs", cwd=tmp_path)[1].splitlines()

@@ -42,8 +42,14 @@ def home(tmp_path_factory):
     return folder
 
 
-def ebt(home, *words):
-    "Run a command to its end: exit code, output, errors."
+@pytest.fixture
+def ebt(forker):
+    "Runs a command to its end: exit code, output, errors."
+    return lambda *words: forker.run(*words, cwd=home)
+
+
+def installed(home, *words):
+    "The same with the installed command, which takes its time."
     done = subprocess.run([EBT, *map(str, words)], cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
@@ -59,7 +65,7 @@ def figures(home, monkeypatch, capsys):
 
 
 def test_questions_from_a_terminal(home):
-    code, out, err = ebt(home, "evaluate", "ebt.ckpt", "--data", "questions.jsonl", "--task", "questions", "--split", "all", "-p", "thinking.samples=2", "-p", "thinking.infer_steps=3", "--json")
+    code, out, err = installed(home, "evaluate", "ebt.ckpt", "--data", "questions.jsonl", "--task", "questions", "--split", "all", "-p", "thinking.samples=2", "-p", "thinking.infer_steps=3", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "") and (found["rows"], found["split"], found["model"]) == (9, "all", "ebt")
     assert found["thinking"]["samples"] == 2 and len(found["step_losses"]) == len(found["energies_before"]) == len(found["energies_after"]) == 3 and found["moves"] == 3 and found["distance"] > 0
@@ -74,10 +80,10 @@ def test_both_kinds_of_model_have_the_same_figures_but_for_energies(figures):
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in found["ebt"].items() if k != "seconds"}
 
 
-def test_what_does_not_apply_has_no_row(home):
-    found = json.loads(ebt(home, "evaluate", "ebt.ckpt", "--data", "plain.jsonl", "--task", "questions", "--split", "all", "--limit", 4, "--json")[1])
+def test_what_does_not_apply_has_no_row(ebt):
+    found = json.loads(ebt("evaluate", "ebt.ckpt", "--data", "plain.jsonl", "--task", "questions", "--split", "all", "--limit", 4, "--json")[1])
     assert found["rows"] == 4 and "choice_accuracy" not in found and "plan_works" not in found and "distance" not in found and "token_f1" in found
-    found = json.loads(ebt(home, "evaluate", "transformer.ckpt", "--data", "questions.jsonl", "--task", "questions", "--split", "all", "--json")[1])
+    found = json.loads(ebt("evaluate", "transformer.ckpt", "--data", "questions.jsonl", "--task", "questions", "--split", "all", "--json")[1])
     assert set(found["choice_accuracy"]) == {"likelihood", "likelihood_per_token", "chance"}
 
 
@@ -86,8 +92,8 @@ def test_own_text(figures):
     assert found["data"] == "novel.txt" and found["split"] == "validation" and found["bits_per_character"] > 0 and "exact_match" not in found
 
 
-def test_plain_lines(home):
-    code, out, err = ebt(home, "evaluate", "transformer.ckpt", "--data", "austen", "--limit", 2)
+def test_plain_lines(ebt):
+    code, out, err = ebt("evaluate", "transformer.ckpt", "--data", "austen", "--limit", 2)
     assert code == 0 and re.search(r"^perplexity: [\d.e+]+$", out, re.M) and "rows: 2\n" in out
 
 
@@ -111,9 +117,9 @@ def test_wrong_input(home, monkeypatch, capsys, words, message):
     assert code == 2 and said.out == "" and re.match(f"ebt: {message}", said.err.rpartition("ebt: ")[1] + said.err.rpartition("ebt: ")[2]), said.err
 
 
-def test_a_limit_below_one_is_refused(home):
+def test_a_limit_below_one_is_refused(ebt):
     for limit in ("0", "-1", "many"):
-        code, out, err = ebt(home, "evaluate", "ebt.ckpt", "--data", "austen", "--limit", limit)
+        code, out, err = ebt("evaluate", "ebt.ckpt", "--data", "austen", "--limit", limit)
         assert (code, out) == (2, "") and "--limit" in err
 
 

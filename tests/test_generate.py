@@ -45,24 +45,24 @@ def home(tmp_path_factory):
     return folder
 
 
-def ebt(home, *words, **options):
-    "Run a command to its end: exit code, output, errors."
-    done = subprocess.run([EBT, *map(str, words)], cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **options)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def ebt(forker):
+    "Runs a command to its end: exit code, output, errors."
+    return lambda *words: forker.run(*words, cwd=home)
 
 
-def test_json_says_all_there_is_to_know(home):
-    code, out, err = ebt(home, "generate", "ebt:best", "--prompt", "It was", "--prompt", "She had", "--tokens", 30, "-p", "thinking.samples=2", "-p", "thinking.infer_steps=3", "--json")
+def test_json_says_all_there_is_to_know(ebt):
+    code, out, err = ebt("generate", "ebt:best", "--prompt", "It was", "--prompt", "She had", "--tokens", 30, "-p", "thinking.samples=2", "-p", "thinking.infer_steps=3", "--json")
     first, second = json.loads(out)
     assert (code, err) == (0, "") and (first["prompt"], second["prompt"]) == ("It was", "She had") and first["finish"] == "length"
     for answer in (first, second):
         assert [len(answer[name]) for name in ("tokens", "log_probabilities", "energies", "steps")] == [30] * 4 and answer["mean_steps"] == 3 and max(answer["log_probabilities"]) < 0
-    alone = json.loads(ebt(home, "generate", "ebt:best", "--prompt", "She had", "--tokens", 30, "-p", "thinking.samples=2", "-p", "thinking.infer_steps=3", "--json")[1])
+    alone = json.loads(ebt("generate", "ebt:best", "--prompt", "She had", "--tokens", 30, "-p", "thinking.samples=2", "-p", "thinking.infer_steps=3", "--json")[1])
     assert alone["tokens"] == second["tokens"] and alone["text"] == second["text"]
 
 
-def test_the_baseline_has_no_energies(home):
-    code, out, err = ebt(home, "generate", "transformer:best", "--prompt", "It was", "--tokens", 3, "--temperature", "0", "-p", "inference.echo=true", "--json")
+def test_the_baseline_has_no_energies(ebt):
+    code, out, err = ebt("generate", "transformer:best", "--prompt", "It was", "--tokens", 3, "--temperature", "0", "-p", "inference.echo=true", "--json")
     answer = json.loads(out)
     assert code == 0 and "energies" not in answer and "steps" not in answer and answer["text"].startswith("It was")
 
@@ -76,8 +76,8 @@ def test_text_streams_to_a_pipe(home):
         assert process.wait(60) == 141 and process.stderr.read() == b""
 
 
-def test_speed_is_said_beside_the_text(home):
-    code, out, err = ebt(home, "generate", "ebt:best", "--prompt", "It was", "--tokens", 4, "--top-k", 1)
+def test_speed_is_said_beside_the_text(ebt):
+    code, out, err = ebt("generate", "ebt:best", "--prompt", "It was", "--tokens", 4, "--top-k", 1)
     assert code == 0 and out.endswith("\n") and re.fullmatch(r"4 tokens, [\d.]+ a second, 2.00 thinking steps a token\n", err)
 
 
@@ -109,22 +109,22 @@ def test_wrong_input(home, monkeypatch, capsys, words, message):
     assert len(said.err.strip().splitlines()) <= 2
 
 
-def test_bench_prints_what_was_measured(tmp_path):
-    code, out, err = ebt(tmp_path, "bench", "generate", "--size", "4xs", "--vocab", 128, "--context", 12, "--batch", "1,3", "--threads", 1, "--seconds", 1, "--json")
+def test_bench_prints_what_was_measured(ebt):
+    code, out, err = ebt("bench", "generate", "--size", "4xs", "--vocab", 128, "--context", 12, "--batch", "1,3", "--threads", 1, "--seconds", 1, "--json")
     measured = json.loads(out)
     assert (code, err) == (0, "") and (measured["size"], measured["vocab"], measured["context"], measured["steps"]) == ("4xs", 128, 12, 2)
     for batch, result in zip((1, 3), measured["results"]):
         assert result["batch"] == batch and result["tokens"] == 11 * batch and result["same_tokens"] is True
         assert result["ratio"] == pytest.approx(result["cached_tokens_per_second"] / result["uncached_tokens_per_second"]) and result["ratio_at_full_context"] > 0
     shape = ["--size", "4xs", "--vocab", 128, "--context", 12, "--threads", 1, "--precision", "32-true,bf16-mixed", "--json"]
-    code, out, err = ebt(tmp_path, "bench", "train", *shape, "--batch", 2, "--repeats", 1)
+    code, out, err = ebt("bench", "train", *shape, "--batch", 2, "--repeats", 1)
     [trained] = json.loads(out)["results"]
     assert (code, err, trained["batch"], trained["threads"]) == (0, "", 2, 1) and set(trained["precisions"]) == {"32-true", "bf16-mixed"}
-    code, out, err = ebt(tmp_path, "bench", "memory", *shape)
+    code, out, err = ebt("bench", "memory", *shape)
     grown = json.loads(out)["results"]
     assert code == 0 and [(g["batch"], g["kind"], g["precision"]) for g in grown] == [(b, k, p) for b in (2, 8) for k in ("ebt", "transformer") for p in ("32-true", "bf16-mixed")]
     for words, message in [(["--batch", "0"], "at least 1"), (["--steps", "0"], "at least 1"), (["--size", "huge"], "invalid choice"), (["--precision", "8-bit"], "none of 32-true, bf16-mixed")]:
-        code, out, err = ebt(tmp_path, "bench", "generate", *words)
+        code, out, err = ebt("bench", "generate", *words)
         assert code == 2 and out == "" and message in err
 
 

@@ -1,7 +1,6 @@
 """What happens to jobs: killed at any moment, warned by a scheduler, started twice at once, failed. Real processes throughout.
 
 Most of them are forked from one that has imported everything (an import takes longer than the training here); some are the installed command itself."""
-import json
 import os
 import random
 import re
@@ -17,58 +16,30 @@ from ebt_nb.cli import main
 from ebt_nb.config import RunConfig, build_config
 from ebt_nb.runs import Run, find_runs, read_status
 from ebt_nb.training.learner import read_checkpoint
+from forked import Forker
 from test_resume import assert_same, final
 
 EBT = Path(sys.executable).with_name("ebt")
 EVERY, STEPS = 3, 48
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
-FORKER = """
-import json, os, sys
-import ebt_nb.cli, ebt_nb.jobs.launch
-for line in sys.stdin:
-    order = json.loads(line)
-    if isinstance(order, int): print(os.waitstatus_to_exitcode(os.waitpid(order, 0)[1]), flush=True)
-    else:
-        log, *words = order
-        if not (child := os.fork()):
-            os.setsid()
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1), os.dup2(out, 2)
-            code = 70
-            try: code = ebt_nb.cli.main(words)
-            finally: sys.stdout.flush(), sys.stderr.flush(), os._exit(code)
-        print(child, flush=True)
-"""
-
 
 class Jobs:
-    "Starts `ebt` commands, each in a session of its own, and waits for them."
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.forker = subprocess.Popen([sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-    def ask(self, order) -> int:
-        print(json.dumps(order), file=self.forker.stdin, flush=True)
-        return int(self.forker.stdout.readline())
+    "Starts `ebt` commands, each in a session of its own, and waits for them; what they print is in files of one folder."
+    def __init__(self, folder: Path, forker: Forker): self.folder, self.forker = folder, forker
 
     def start(self, *words, log: str = "log") -> int:
-        "The process that executes `ebt WORDS`; what it prints is added to a file."
-        pid = self.ask([str(self.folder / log), *map(str, words)])
+        pid = self.forker.start(*words, cwd=self.folder, out=self.folder / log)
         while os.getpgid(pid) != pid: time.sleep(0.001)
         return pid
 
-    def wait(self, pid: int) -> int: return self.ask(pid)
+    def wait(self, pid: int) -> int: return self.forker.wait(pid)
     def run(self, *words, log: str = "log") -> int: return self.wait(self.start(*words, log=log))
     def said(self, log: str = "log") -> str: return (self.folder / log).read_text()
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    made = Jobs(tmp_path_factory.mktemp("jobs"))
-    yield made
-    made.forker.stdin.close()
-    made.forker.wait()
+def jobs(tmp_path_factory, forker): return Jobs(tmp_path_factory.mktemp("jobs"), forker)
 
 
 def tiny(folder: Path, **changes) -> RunConfig:

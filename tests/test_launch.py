@@ -89,21 +89,21 @@ def test_a_rank_that_fails_ends_all_of_them(tmp_path):
     assert run.status == "failed" and "energy is not finite" in (run.dir / "process.log").read_text()
 
 
-CELLS = ['preset = "text/quickstart"\noverrides = {}\nrun_dir = "."',
+CELLS = ['preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\nnames = ["first"]',
          "from pathlib import Path\nfrom ebt_nb.config import build_config\nfrom ebt_nb.jobs.launch import launch\nfrom ebt_nb.jobs.side_by_side import run_in",
-         "runs = [launch(one, run_in(Path(run_dir) / name, one), resume=True, progress='plain') for name in ('first', 'second') for one in [build_config(preset, {**overrides, 'run.seed': len(name)})]]",
+         "runs = [launch(one, run_in(Path(run_dir) / name, one), resume=True, progress='plain') for name in names for one in [build_config(preset, {**overrides, 'run.seed': len(name)})]]",
          "n = Path('summary.txt').write_text(' '.join(run.status for run in runs))"]
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGUSR1, 2), (signal.SIGKILL, 1)])
-def test_an_experiment_goes_on_in_its_folder(tmp_path, number, processes):
-    "A notebook that trains two models, stopped in the first: run again in its folder, told nothing else, it ends as if nothing had happened."
+@pytest.mark.parametrize("number, processes, names", [(signal.SIGUSR1, 2, ["first"]), (signal.SIGKILL, 1, ["first", "second"])])
+def test_an_experiment_goes_on_in_its_folder(tmp_path, number, processes, names):
+    "A notebook that trains a model or two, stopped in the first: run again in its folder, told nothing else, it ends as if nothing had happened."
     parameters, *cells = map(nbformat.v4.new_code_cell, CELLS)
     parameters.metadata.tags = ["parameters"]
     nbformat.write(nbformat.v4.new_notebook(cells=[parameters, *cells], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), tmp_path / "pair.ipynb")
     config = tiny(tmp_path, processes).model_dump(mode="json")
     settings = [f"{section}.{key}={value}" for section in ("data", "trainer") for key, value in config[section].items() if value != build_config("text/quickstart", {}).model_dump(mode="json")[section][key]]
-    words = [word for setting in [*settings, "model.layers=1", "model.width=16", "model.heads=2", "trainer.max_steps=40"] for word in ("-p", setting)]
+    words = [word for setting in [*settings, "model.layers=1", "model.width=16", "model.heads=2", "trainer.max_steps=40", f"names={names}"] for word in ("-p", setting)]
     job = subprocess.Popen([EBT, "run", tmp_path / "pair.ipynb", *words, "--runs-dir", tmp_path / "runs"], env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     [folder] = until(lambda: [path.parent.parent for path in (tmp_path / "runs").rglob("first/status.json")], "run")
     first = Run.open(folder / "first")
@@ -116,9 +116,9 @@ def test_an_experiment_goes_on_in_its_folder(tmp_path, number, processes):
     stopped = read_checkpoint(first.checkpoint())["global_step"]
     done = subprocess.run([EBT, "run", tmp_path / "pair.ipynb", "--folder", folder], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (folder / "summary.txt").read_text() == "done done" and read_status(folder)["status"] == "done" and (folder / "report-1.ipynb").exists()
+    assert (folder / "summary.txt").read_text() == " ".join("done" for _ in names) and read_status(folder)["status"] == "done" and (folder / "report-1.ipynb").exists()
     assert f"resumed at step {stopped}" in done.stdout and [row["step"] for row in first.metrics if "train/loss" in row] == list(range(1, 41))
-    assert len(list((tmp_path / "runs").rglob("config.yaml"))) == 2
+    assert len(list((tmp_path / "runs").rglob("config.yaml"))) == len(names)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a GPU")

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from ebt_nb.config import build_config, load_config
 from ebt_nb.jobs.side_by_side import fit_many
 from ebt_nb.runs import Run, is_run
@@ -21,22 +19,25 @@ fit_many({path.stem: load_config(path) for path in sorted(Path(sys.argv[1]).glob
 """
 
 
-@pytest.mark.parametrize("tell", [os.kill, os.killpg], ids=["the caller alone", "the whole group"])
-def test_interrupted_runs_go_on(tmp_path, tell):
+def test_interrupted_runs_go_on(tmp_path):
+    "Interrupted twice: the caller alone is told, as by a scheduler; then the whole group, as at a terminal."
     for seed in (1, 2, 3):
         config = build_config("text/quickstart", {
             "model.layers": 1, "model.width": 16, "model.heads": 2, "data.context": 16, "data.batch_size": 2, "run.seed": seed, "trainer.threads": 1,
-            "trainer.max_steps": 200, "trainer.val_every": 200, "trainer.val_batches": 1, "trainer.checkpoint_every": 50, "trainer.log_every": 5})
+            "trainer.max_steps": 400, "trainer.val_every": 400, "trainer.val_batches": 1, "trainer.checkpoint_every": 50, "trainer.log_every": 5})
         (tmp_path / f"seed-{seed}.yaml").write_text(config.to_yaml())
     (tmp_path / "script.py").write_text(SCRIPT)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(tmp_path / "runs")], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    folders, until = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2, 3)], time.monotonic() + 90
-    while not all(is_run(folder) and len(Run.open(folder).metrics) > 3 for folder in folders[:2]):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    tell(process.pid, signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1] and process.returncode
-    assert [Run.open(folder).status for folder in folders] == ["interrupted", "interrupted", "running"] and not Run.open(folders[2]).metrics
+    folders = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2, 3)]
+    def rows(folder): return len(Run.open(folder).metrics) if is_run(folder) else 0
+    for tell in (os.kill, os.killpg):
+        before, until = [rows(folder) for folder in folders], time.monotonic() + 120
+        process = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(tmp_path / "runs")], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while not all(rows(folder) > had + 3 for folder, had in zip(folders[:2], before)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        tell(process.pid, signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=60)[1] and process.returncode
+        assert [Run.open(folder).status for folder in folders] == ["interrupted", "interrupted", "running"] and not rows(folders[2])
 
     said = []
     runs = fit_many({folder.name: load_config(tmp_path / f"{folder.name}.yaml") for folder in folders}, tmp_path / "runs", processes=2, say=said.append)

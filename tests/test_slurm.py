@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "slurm"))
 from cluster import Cluster, missing  # noqa: E402
@@ -208,6 +209,25 @@ def test_warned_queued_again_and_gone_on_with(cluster, scene):
         for ours, theirs in zip(run.metrics, alone.metrics, strict=True): assert ours | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
         for a, b in zip(read_checkpoint(run.checkpoint())["state_dict"].values(), read_checkpoint(alone.checkpoint())["state_dict"].values()): assert torch.equal(a, b)
     return told_nothing_to_the_same_bits
+
+
+@with_the_others
+def test_an_array_of_agents_one_of_which_has_to_make_room(cluster, scene):
+    "Two jobs share a sweep; one is told to go, saves its trial, is queued again, and goes on with it."
+    pytest.importorskip("optuna")
+    from ebt_nb.jobs.sweep import results
+    config = {**SMALL, "run.runs_dir": str(scene.folder / "runs"), "data.cache_dir": str(scene.folder / "cache"), "trainer.max_steps": 200, "trainer.val_every": 50, "trainer.log_every": 1}
+    command = ["${env}", "${program}", "train", "--preset", "text/quickstart", *(f"{key}={value}" for key, value in config.items()), "${args_no_hyphens}"]
+    (scene.folder / "sweep.yaml").write_text(yaml.safe_dump({"program": "ebt", "command": command, "method": "grid", "metric": {"name": "val/loss"}, "parameters": {"tracking.project": {"values": ["disturbed", "alone"]}}}))
+    number = cluster.call("sbatch", "--parsable", "--requeue", "--array=1-2", "--nodes=1", "--ntasks-per-node=1", f"--wrap=exec {EBT} sweep sweep.yaml --dir shared", cwd=scene.folder).strip()
+    cluster.until(lambda: all((scene.folder / f"shared/trial-000{n}/metrics.csv").exists() for n in (0, 1)), "the trials do not begin", 150)
+    told = next(job for job in cluster.jobs(number) if job["JobId"] == number)                     # the task that has the array's own number
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{number}_{told['ArrayTaskId']}")
+    jobs = cluster.ended(number)
+    assert {job["JobState"] for job in jobs} == {"COMPLETED"} and {job["ArrayTaskId"]: job["Restarts"] for job in jobs} == {"1": "0", "2": "0", told["ArrayTaskId"]: "1"}, [output(job) for job in jobs]
+    first, other, again = sorted(results(scene.folder / "shared"), key=lambda trial: (trial.retry_of is not None, trial.state != "failed"))
+    assert (first.state, other.state, again.state, again.retry_of) == ("failed", "done", "done", first.number) and "interrupted" in first.error and again.run == first.run
+    assert again.history == other.history and len(other.history) == 4
 
 
 LISTENS = """

@@ -17,8 +17,6 @@ import yaml
 
 pytest.importorskip("optuna")
 
-sys.path.insert(0, str(Path(__file__).parent / "slurm"))
-from cluster import Cluster, missing
 from ebt_nb.cli import main
 from ebt_nb.config import load_config
 from ebt_nb.jobs.sweep import Agent, locked, needed_optuna, next_trial, open_sweep, read_parameter, read_sweep, results, said, work
@@ -126,24 +124,6 @@ def test_interrupted_agents_record_their_trials(sweep_file, tmp_path):
     trials = results(folder)
     assert len(trials) == 2 and all(trial.state == "failed" and "interrupted" in trial.error for trial in trials), trials
     assert [Run.open(folder / trial.run).status for trial in trials] == ["interrupted"] * 2 and not (folder / "best.yaml").exists()
-
-
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_an_array_of_agents_one_of_which_has_to_make_room(sweep_file, tmp_path):
-    "Two jobs share a sweep; one is told to go, saves its trial, is queued again, and goes on with it."
-    file = sweep_file({"tracking.project": {"values": ["disturbed", "alone"]}}, {"trainer.max_steps": 100, "trainer.val_every": 25})
-    folder = tmp_path / "shared"
-    with Cluster(tmp_path / "slurm") as cluster:
-        cluster.environment |= {"OMP_NUM_THREADS": "1"}
-        number = cluster.call("sbatch", "--parsable", "--requeue", "--array=1-2", "--nodes=1", "--ntasks-per-node=1", f"--wrap=exec {EBT} sweep {file} --dir {folder}", cwd=tmp_path).strip()
-        wait_for(lambda: all((folder / f"trial-000{n}/metrics.csv").exists() for n in (0, 1)))
-        told = next(job for job in cluster.jobs(number) if job["JobId"] == number)                 # the task that has the array's own number
-        cluster.call("scancel", "--batch", "--signal=USR1", f"{number}_{told['ArrayTaskId']}")
-        jobs = cluster.ended(number, 120)
-    assert {job["JobState"] for job in jobs} == {"COMPLETED"} and {job["ArrayTaskId"]: job["Restarts"] for job in jobs} == {"1": "0", "2": "0", told["ArrayTaskId"]: "1"}, [Path(job["StdOut"]).read_text() for job in jobs]
-    first, other, again = sorted(results(folder), key=lambda trial: (trial.retry_of is not None, trial.state != "failed"))
-    assert (first.state, other.state, again.state, again.retry_of) == ("failed", "done", "done", first.number) and "interrupted" in first.error and again.run == first.run
-    assert again.history == other.history and len(other.history) == 4
 
 
 # Search

@@ -28,7 +28,7 @@ from ..thinking.replay import Fields, Replay
 from .objectives import Outcome
 from .optim import build_optimizer, build_schedule, parameter_groups
 
-# %% ../../nbs/42_learner.ipynb #f7927d8d
+# %% ../../nbs/42_learner.ipynb #29fee8f5
 class CheckpointError(WorkbenchError):
     "A checkpoint that cannot be read or written, or does not belong to what it is used for."
 
@@ -37,7 +37,7 @@ Batch = dict[str, Shaped[Tensor, "..."]]
 class Learner(pl.LightningModule):
     """What training and validation are, whatever is learned, in `unit`s ('tokens', 'images').
 
-    Left to the subclasses: `outcome`, `keys`, `title`, `amount`, `measured`, and of those that think `replay_fields`."""
+    Left to the subclasses: `outcome`, `keys`, `title`, `amount`, `measured`, `knowing`, and of those that think `replay_fields`."""
     unit: str
     samples: str                                                 # what a batch holds one of per row: 'sequences', 'images'
 
@@ -77,6 +77,10 @@ class Learner(pl.LightningModule):
 
     def measured(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Shaped[Tensor, ""]]:
         "Figures of a validation batch that are means, and over how many."
+        raise NotImplementedError
+
+    def knowing(self, batch: Batch) -> tuple[float, float]:
+        "The loss of who knows nothing about a batch, and one that is low enough to say that it is known by heart."
         raise NotImplementedError
 
     def concluded(self, means: dict[str, float]) -> dict[str, float]:

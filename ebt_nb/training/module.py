@@ -81,7 +81,7 @@ def build_model(config: RunConfig) -> EnergyTransformer | Transformer:
     if isinstance(model, EnergyTransformer) and config.model.init == "calibrated": calibrate(model, config)
     return model
 
-# %% ../../nbs/42_module.ipynb #169180cc
+# %% ../../nbs/42_module.ipynb #42fe805e
 class LanguageModule(Learner):
     "What training and validation of a language model are, whatever the model; `outcome` is left to the subclasses."
     unit, samples = "tokens", "sequences"
@@ -115,6 +115,8 @@ class LanguageModule(Learner):
 
     def measured(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         return {f"val/loss_step_{k}": loss for k, loss in enumerate(self.outcome(batch).step_losses, 1)}, (batch["targets"] != IGNORE).sum()
+
+    def knowing(self, batch: Batch) -> tuple[float, float]: return math.log(self.config.model.vocab_size), 0.1
 
     def concluded(self, means: dict[str, float]) -> dict[str, float]:
         last = list(means.values())[-1]

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['short_of', 'Again', 'Watch', 'Overfitted', 'overfit']
 
-# %% ../../nbs/46_overfit.ipynb #d1ef1057
-import math
+# %% ../../nbs/46_overfit.ipynb #1963be48
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,14 +17,12 @@ import lightning.pytorch as pl
 
 from ..config import ConfigError, RunConfig, changed
 from ..data.image_serving import data_module
-from ..data.serving import TextData
 from ..memory import keep_memory
 from ..products import fast_products
 from .callbacks import quiet
 from .fit import build_trainer, threads
 from .build import build_module
-from .learner import Batch
-from .module import LanguageModule
+from .learner import Batch, Learner
 
 # %% ../../nbs/46_overfit.ipynb #87d61e92
 def short_of(config: RunConfig, updates: int) -> RunConfig:
@@ -33,7 +30,7 @@ def short_of(config: RunConfig, updates: int) -> RunConfig:
     return changed(config, {"trainer.max_steps": updates, "optim.warmup_steps": min(config.optim.warmup_steps, updates // 10), "trainer.accumulate": 1, "trainer.devices": 1, "trainer.nodes": 1,
                             "trainer.log_every": 1, "trainer.val_every": updates, "tracking.wandb": "off", "tracking.tensorboard": False, "trainer.callbacks": []})
 
-# %% ../../nbs/46_overfit.ipynb #9bf6fb91
+# %% ../../nbs/46_overfit.ipynb #eb2e3542
 class Again:
     "Serves the same batches in turn, `length` times in all."
     def __init__(self, batches: list[Batch], length: int): self.batches, self.length = batches, length
@@ -45,7 +42,7 @@ class Watch(pl.callbacks.Checkpoint):
     def __init__(self, count: int, interval: int, target: float, say: Callable[[str], None]):
         self.count, self.interval, self.target, self.say, self.rows = count, interval, target, say, []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: LanguageModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Learner, outputs: Any, batch: Batch, batch_idx: int) -> None:
         found = {name: float(trainer.callback_metrics[name]) for name in module.logged}
         last = max((name for name in found if name.startswith("train/loss_step_")), key=lambda name: int(name.rpartition("_")[2]))
         self.rows.append({"step": trainer.global_step, "last": found[last]} | found)
@@ -56,39 +53,43 @@ class Watch(pl.callbacks.Checkpoint):
         if there or trainer.global_step % self.interval == 0 or trainer.global_step in (1, trainer.max_steps): self.say(f"update {trainer.global_step:4}  loss {mean:.4f}  gradient {found['train/gradient_norm']:.3g}  lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}")
         if there: trainer.should_stop = True
 
-# %% ../../nbs/46_overfit.ipynb #7603f95b
+# %% ../../nbs/46_overfit.ipynb #a2c0f237
 @dataclass
 class Overfitted:
-    "What came of it: a row of figures for each update (`loss`: that of the last thinking step, over the newest pass, nats per token), the update that reached `target` (None: none did), and the trained module."
+    "What came of it: a row of figures for each update (`loss`: that of the last thinking step, over the newest pass), the update that reached `target` (None: none did), and the trained module."
     config: RunConfig
     rows: list[dict[str, float]]
     target: float
     reached: int | None
     seconds: float
-    module: LanguageModule
+    module: Learner
+    knows_nothing: float
 
     @property
     def verdict(self) -> str:
         "In a sentence."
-        knows_nothing, loss = math.log(self.config.model.vocab_size), self.rows[-1]["loss"]
-        if self.reached: return f"learned by heart: loss {loss:.4f} at update {self.reached} ({self.seconds:.0f} s); knowing nothing is {knows_nothing:.2f}"
-        return f"NOT learned by heart: loss {loss:.4f} after {len(self.rows)} updates, wanted {self.target:g}; knowing nothing is {knows_nothing:.2f}. Try more updates, another optim.peak_lr, or less thinking.noise; if nothing helps, look at the data (experiments/inspect_data)"
+        knows_nothing, loss = f"{self.knows_nothing:.3g}", self.rows[-1]["loss"]
+        if self.reached: return f"learned by heart: loss {loss:.4f} at update {self.reached} ({self.seconds:.0f} s); knowing nothing is {knows_nothing}"
+        return f"NOT learned by heart: loss {loss:.4f} after {len(self.rows)} updates, wanted {self.target:g}; knowing nothing is {knows_nothing}. Try more updates, another optim.peak_lr, or less thinking.noise; if nothing helps, look at the data (experiments/inspect_data)"
 
-def overfit(config: RunConfig, batches: int = 1, interval: int = 10, updates: int = 1000, target: float = 0.1, say: Callable[[str], None] = print) -> Overfitted:
-    """Train on the run's first `batches` batches only, until the loss is `target` nats per token or `updates` have been made; writes nothing.
+def overfit(config: RunConfig, batches: int = 1, interval: int = 10, updates: int = 1000, target: float | None = None, say: Callable[[str], None] = print) -> Overfitted:
+    """Train on the run's first `batches` batches only, until the loss is `target` (by default what the module calls known by heart: 0.1 nats per token of text) or `updates` have been made; writes nothing.
 
     Raises ConfigError for numbers that cannot be, DataError for data that cannot be used, DivergenceError when the loss is not finite.
     """
     for name, value in (("batches", batches), ("interval", interval), ("updates", updates)):
         if value < 1: raise ConfigError(f"{name}: {value} is too few; give at least 1")
-    if target <= 0: raise ConfigError(f"target: a loss of {target} is never reached; give a number above 0, such as 0.1")
+    if target is not None and target <= 0: raise ConfigError(f"target: a loss of {target} is never reached; give a number above 0, such as 0.1")
     config, begun = short_of(config, updates), time.perf_counter()
     data = data_module(config)
     data.setup("fit")
     same = [batch for batch, _ in zip(data.train_dataloader(), range(batches))]
     with quiet(), warnings.catch_warnings(), threads(config.trainer.threads), fast_products(config.trainer.fast_products), keep_memory(config.trainer.keep_memory):
         warnings.filterwarnings("ignore", ".*no `val_dataloader`")             # there is nothing to validate on
-        watch, module = Watch(len(same), interval, target, say), build_module(config)
+        module = build_module(config)
+        nothing, by_heart = module.knowing(same[0])
+        target = target or by_heart
+        watch = Watch(len(same), interval, target, say)
         trainer = build_trainer(config, Path(), [watch])
         trainer.fit(module, train_dataloaders=Again(same, updates))
-    return Overfitted(config, watch.rows, target, watch.rows[-1]["step"] if trainer.should_stop and watch.rows[-1]["loss"] <= target else None, time.perf_counter() - begun, module)
+    return Overfitted(config, watch.rows, target, watch.rows[-1]["step"] if trainer.should_stop and watch.rows[-1]["loss"] <= target else None, time.perf_counter() - begun, module, nothing)

@@ -111,7 +111,7 @@ class ImageModule(Learner):
         if keys is None: return batch["caption"]
         return batch["caption"] * (keys.at("caption").uniform(1) >= self.config.diffusion.drop_caption)
 
-# %% ../../nbs/42_vision.ipynb #481c5175
+# %% ../../nbs/42_vision.ipynb #bcf41246
 class EnergyImageModule(ImageModule):
     "Trains a bidirectional energy-based transformer; `descent` holds alpha, `space` borrows the model's patch embedding."
     def __init__(self, config: RunConfig, model: BidirectionalEBT): super().__init__(config, model, Descent(config.thinking))
@@ -142,6 +142,11 @@ class EnergyImageModule(ImageModule):
         if self.config.data.task == "denoise": found["val/psnr"] = psnr(outcome.trace.prediction, batch["image"].flatten(1)).mean()
         return found | {"val/loss": outcome.step_losses[-1]}, torch.tensor(len(batch["index"]))
 
+    def knowing(self, batch: Batch) -> tuple[float, float]:
+        "Whoever knows nothing leaves the picture as it is."
+        nothing = F.smooth_l1_loss(self.start(batch, self.keys(batch)), batch["image"].flatten(1)).item()
+        return nothing, nothing / 5
+
     def replay_fields(self) -> Fields: return image_replay_fields(self.config)
 
 def image_replay_fields(config: RunConfig) -> Fields:
@@ -150,7 +155,7 @@ def image_replay_fields(config: RunConfig) -> Fields:
     fields = {"image": ((channels, side, side), torch.float32), "index": ((), torch.int64), "candidate": ((channels * side * side,), getattr(torch, config.thinking.replay_precision))}
     return fields | ({"caption": ((config.encoder.caption_width,), torch.float32)} if reads_captions(config) else {})
 
-# %% ../../nbs/42_vision.ipynb #2a4f4cf5
+# %% ../../nbs/42_vision.ipynb #f3ae1e96
 class DiffusionModule(ImageModule):
     "Trains the diffusion baseline."
     def outcome(self, batch: Batch, micro_step: int | None = None) -> Outcome:
@@ -162,6 +167,10 @@ class DiffusionModule(ImageModule):
         return Outcome(loss, [loss.detach()])
 
     def measured(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]: return {"val/loss": self.outcome(batch).loss.detach()}, torch.tensor(len(batch["index"]))
+
+    def knowing(self, batch: Batch) -> tuple[float, float]:
+        "Noise has variance 1; whoever knows nothing says that there is none."
+        return 1.0, 0.2
 
 def image_module(config: RunConfig, model: nn.Module | None = None) -> ImageModule:
     "The image module for a configuration, around `model` or (by default) a new one with its first weights."
