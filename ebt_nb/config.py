@@ -426,7 +426,7 @@ def text_finetune(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
     return checked(base | dict(run=base["run"] | dict(name="text/finetune"), model=base["model"] | dict(weights="RUN:best"), data=base["data"] | dict(source="arithmetic"),
                                optim=base["optim"] | dict(peak_lr=SIZES[size].learning_rate / 2), trainer=base["trainer"] | dict(max_steps=300, checkpoint_every=100)))
 
-# %% ../nbs/00_config.ipynb #dd81e9fe
+# %% ../nbs/00_config.ipynb #e685e1bf
 def image_model_of(kind: str, size: str, **changes) -> dict:
     "The model section of an image model of a size."
     return {key: value for key, value in model_of(kind, size, "austen_8k", conditioning="default").items() if key != "vocab_size"} | changes
@@ -461,8 +461,8 @@ def image_quickstart(size: str = "4xs") -> RunConfig:
     return checked(dict(
         run=dict(name="image/quickstart"), model=image_model_of("image_ebt", size, patch=4, first_update_std=0.05), thinking=dict(steps=1, step_size=100.0),
         data=dict(source="fashion_mnist", task="denoise", image_size=28, channels=1, batch_size=32), diffusion=dict(steps=1000, level=0.1),
-        optim=dict(peak_lr=SIZES[size].learning_rate, step_size_lr_multiplier=1.0, warmup_steps=50),
-        trainer=dict(max_steps=1000, val_every=200, val_batches=8, checkpoint_every=500, log_every=20, accelerator="cpu")))
+        optim=dict(peak_lr=SIZES[size].learning_rate, step_size_lr_multiplier=1000.0, warmup_steps=100),
+        trainer=dict(max_steps=2000, val_every=400, val_batches=8, checkpoint_every=1000, log_every=20, accelerator="cpu")))
 
 # %% ../nbs/00_config.ipynb #1a23f976
 @preset("image/t2i_ebt_s1")

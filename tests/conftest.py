@@ -8,7 +8,7 @@ from forked import Forker
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))    # an int where a float is asked for is fine
 checking = install_import_hook("ebt_nb", "conftest.checked")   # before anything imports the package
 

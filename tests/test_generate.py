@@ -46,7 +46,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def ebt(forker):
+def ebt(home, forker):
     "Runs a command to its end: exit code, output, errors."
     return lambda *words: forker.run(*words, cwd=home)
 

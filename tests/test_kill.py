@@ -133,7 +133,7 @@ def test_warned_and_resumed(jobs, straight, number):
 def test_warned_before_it_listens(tmp_path):
     "Before training begins to listen, SIGUSR1 would kill Python without a word."
     (tmp_path / "config.yaml").write_text(tiny(tmp_path).to_yaml())
-    script = "import os, signal, ebt_nb.training.fit as fit\nfrom ebt_nb.cli import main\nfit.TextData = lambda config: os.kill(os.getpid(), signal.SIGUSR1)\nraise SystemExit(main(['train', 'config.yaml']))"
+    script = "import os, signal, ebt_nb.training.fit as fit\nfrom ebt_nb.cli import main\nfit.data_module = lambda config: os.kill(os.getpid(), signal.SIGUSR1)\nraise SystemExit(main(['train', 'config.yaml']))"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode == 130 and done.stderr == "ebt: stopped by SIGUSR1\n" and not (tmp_path / "runs").exists()
 

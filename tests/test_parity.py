@@ -37,6 +37,7 @@ def test_case(case, request):
     check = {"text_ebt": check_energy_model, "text_baseline": check_baseline, "lr_schedule": check_schedule, "image_ebt": check_image_energy_model, "dit": check_dit,
              "diffusion_schedule": check_noise}.get(case["config"]["kind"])
     if check is None: pytest.skip(f"{case['name']}: no model of kind {case['config']['kind']} yet")
+    if check in (check_image_energy_model, check_dit, check_noise): pytest.importorskip("diffusers")
     table = case["config"]["kind"] == "lr_schedule"                 # float64 as recorded: no model computes it
     dtype = torch.float64 if table else getattr(torch, request.config.getoption("--parity-dtype"))
     file = load_file(Path(request.config.getoption("--parity-dir")) / case["file"])
@@ -79,12 +80,13 @@ def neutral_names(model, read):
 
 
 def neutral_image_names(model, read):
+    "`neutral_names` of an image model."
     embedding, both = model.patch_embedding, ("weight", "bias")
     found = {"patch_embed.weight": read(embedding.weight).unflatten(1, (embedding.channels, embedding.patch, embedding.patch)), "patch_embed.bias": read(embedding.bias)}
     def named(name, layer): return {f"{name}.{kind}": read(getattr(layer, kind)) for kind in both}
     for i, block in enumerate(model.blocks):
-        found |= {f"blocks.{i}.attn.{part}.{kind}": tensor for kind in both for part, tensor in zip("qkv", read(getattr(block.attention.qkv, kind)).chunk(3))}
-        for name, layer in (("attn.out", block.attention.out), ("mlp.fc1", block.mlp.up), ("mlp.fc2", block.mlp.down), ("adaln", block.adaptive)): found |= named(f"blocks.{i}.{name}", layer)
+        found |= {f"blocks.{i}.attn.{part}.{kind}": tensor for kind in both for part, tensor in zip("qkv", read(getattr(block.qkv, kind)).chunk(3))}
+        for name, layer in (("attn.out", block.out), ("mlp.fc1", block.up), ("mlp.fc2", block.down), ("adaln", block.adaptive)): found |= named(f"blocks.{i}.{name}", layer)
     found |= named("final_adaln", model.final_adaptive)
     if isinstance(model, BidirectionalEBT): return found | {"condition": read(model.condition), "energy_head": read(model.energy_head.weight)}
     return found | named("time_mlp.fc1", model.time_mlp[0]) | named("time_mlp.fc2", model.time_mlp[2]) | named("out_proj", model.output_head)

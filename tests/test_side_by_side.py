@@ -24,7 +24,7 @@ def test_interrupted_runs_go_on(tmp_path):
     for seed in (1, 2, 3):
         config = build_config("text/quickstart", {
             "model.layers": 1, "model.width": 16, "model.heads": 2, "data.context": 16, "data.batch_size": 2, "run.seed": seed, "trainer.threads": 1,
-            "trainer.max_steps": 400, "trainer.val_every": 400, "trainer.val_batches": 1, "trainer.checkpoint_every": 50, "trainer.log_every": 5})
+            "trainer.max_steps": 240, "trainer.val_every": 240, "trainer.val_batches": 1, "trainer.checkpoint_every": 50, "trainer.log_every": 5})
         (tmp_path / f"seed-{seed}.yaml").write_text(config.to_yaml())
     (tmp_path / "script.py").write_text(SCRIPT)
     folders = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2, 3)]

@@ -124,16 +124,19 @@ def plan(notebook: str | Path, preset: str | None = None, settings: list[str] | 
     values = own | {name: value for name, value in [("preset", preset), ("overrides", overrides), ("run_dir", str(folder))] if name in declared}
     return Job(path, values, folder, config)
 
-# %% ../../nbs/70_notebook_jobs.ipynb #f938bcd7
+# %% ../../nbs/70_notebook_jobs.ipynb #74ffed0e
 def check_data(config: RunConfig) -> None:
     "Read and pack what is to be trained on, unless it is the embedded novels. Raises DataError when it cannot be used, and then leaves nothing behind."
     if not (config.data.source == "austen" and config.data.tokenizer in TOKENIZER_SIZES): prepared(config)
 
 def prepared(config: RunConfig) -> Any:
-    "The data module of what a run is trained on, found, read and packed, unless it has been before. Raises DataError when it cannot be used, ConfigError when there is no room for it."
-    from ebt_nb.data.serving import TextData
+    "The data module of what a run is trained on, found, read and packed (of pictures encoded, if they are to be), unless it has been before. Raises DataError when it cannot be used, ConfigError when there is no room for it."
+    from ebt_nb.data.image_serving import data_module, encoded
     from ebt_nb.training.estimate import check_cache
-    data = TextData(config)
+    data = data_module(config)
+    if encoded(config):
+        from ebt_nb.inference.encode import encode
+        encode(config)
     check_cache(data)
     data.setup("fit")
     return data

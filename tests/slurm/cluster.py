@@ -4,6 +4,8 @@
 
 Needs root (munge and slurmd start jobs as whoever sent them) and `apt-get install --no-install-recommends munge slurmctld slurmd slurm-client`.
 """
+import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -69,6 +71,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@contextlib.contextmanager
+def alone(path: Path):
+    "No other cluster changes a file meanwhile."
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Cluster:
     "While entered, a cluster whose daemons are children of this process; `environment` is what makes Slurm's commands use it."
     def __init__(self, folder: Path):
@@ -98,7 +108,7 @@ class Cluster:
         for process in reversed(self.processes):
             try: process.wait(timeout=15)
             except subprocess.TimeoutExpired: process.kill()
-        HOSTS.write_text("".join(self.others_lines()))
+        with alone(HOSTS): HOSTS.write_text("".join(self.others_lines()))
 
     def others_lines(self) -> list[str]:
         "Lines of /etc/hosts that are not this cluster's, nor of one that was killed."
@@ -108,8 +118,9 @@ class Cluster:
 
     def name_nodes(self) -> None:
         "Let the nodes' names, and this machine's, mean this machine: several processes find each other by them."
-        before = "".join(self.others_lines()).rstrip("\n")
-        HOSTS.write_text(f"{before}\n127.0.0.1 {' '.join(NODES)} {socket.gethostname()}  {MARK} {os.getpid()}\n")
+        with alone(HOSTS):
+            before = "".join(self.others_lines()).rstrip("\n")
+            HOSTS.write_text(f"{before}\n127.0.0.1 {' '.join(NODES)} {socket.gethostname()}  {MARK} {os.getpid()}\n")
 
     def start_munge(self) -> None:
         folder = self.folder / "munge"
