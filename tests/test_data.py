@@ -2,24 +2,21 @@
 import errno
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ebt_nb.config import build_config
 from ebt_nb.data import serving, text
 from ebt_nb.data.serving import TextData
 from ebt_nb.data.text import ASSETS, DataError, load_tokenizer
+from together import Recorder, check_killed_one_is_replaced, shown_to
 
 NOVEL = gzip.decompress((ASSETS / "text/austen/northanger_abbey.txt.gz").read_bytes()).decode()
 DOCUMENTS = [paragraph for paragraph in NOVEL[:60_000].split("\n\n") if paragraph.strip()]
@@ -55,80 +52,22 @@ def write_jsonl(path, documents=DOCUMENTS, column="text", **more):
 
 # ---- several processes
 
-def prepare_in_child(folder, stuck, say):
-    "What each process does: open the data, telling the test through the pipe `say` what happens; a stuck one begins to write and never ends."
-    build = text.build
-    def watched(partial, *rest):
-        say.send("builds")
-        if stuck:
-            (partial / "train.arrow").write_bytes(b"half a file")
-            say.send("half done")
-            time.sleep(600)
-        build(partial, *rest)
-    text.build, text.say = watched, say.send
-    data = opened(configured(folder))
-    say.send(f"{data.folder} {len(data.splits['train'])}")
+def opened_in(folder): return opened(configured(folder))
 
 
 def test_one_prepares_others_wait_and_a_killed_one_is_replaced(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ebt_nb.data.text"])
-    def child(stuck):
-        listen, say = context.Pipe(duplex=False)
-        process = context.Process(target=prepare_in_child, args=(tmp_path, stuck, say), daemon=True)
-        process.start()
-        say.close()
-        return process, listen
-    def next_line(listen):
-        assert listen.poll(120), "nothing was said"
-        return listen.recv()
-    def rest(listen):
-        lines = []
-        try:
-            while True: lines.append(next_line(listen))
-        except EOFError: return lines
-    holder, heard = child(stuck=True)
-    others = []
-    try:
-        assert [next_line(heard), next_line(heard)] == ["builds", "half done"]
-        others = [child(stuck=False) for _ in range(2)]
-        for _, listen in others: assert next_line(listen).startswith("waiting for another process")
-        assert [name for name in left_behind(tmp_path) if not name.startswith(".")] == ["train.arrow"]      # in the hidden partial folder: nothing that looks finished
-        holder.kill()
-        said = []
-        for process, listen in others:
-            process.join(120)
-            said.append(rest(listen))
-    finally:
-        for process in [holder] + [process for process, _ in others]: process.kill()
-    assert sorted(map(len, said)) == [1, 2] and said[0][-1] == said[1][-1], said           # one took over, the other found it done
-    finished = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
-    assert len(finished) == 1 and said[0][-1].startswith(str(finished[0]))
+    check_killed_one_is_replaced("ebt_nb.data.text:build", opened_in, tmp_path, "ebt_nb.data.serving")
     assert (rows(opened(configured(tmp_path)), "train") >= 0).all()
 
 
 # ---- resuming under Lightning
 
-class Recorder(LightningModule):
-    "Trains one number and writes down the rows it is shown."
-    def __init__(self):
-        super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
-
-    def training_step(self, batch, _):
-        self.seen.append(batch["index"].tolist())
-        return self.weight * batch["targets"].float().mean()
-
-    def validation_step(self, batch, _): self.log("val", batch["targets"].float().mean())
-    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 1e-3)
+class Rows(Recorder):
+    def note(self, batch): return batch["index"].tolist()
+    def value(self, batch): return batch["targets"]
 
 
-def fitted(data, tmp_path, steps, checkpoint=None, **trainer):
-    module = Recorder()
-    saving = ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[saving], check_val_every_n_epoch=None,
-            val_check_interval=3, num_sanity_val_steps=1, limit_val_batches=1, default_root_dir=tmp_path, **trainer).fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    return module.seen
+def fitted(*args, **options): return shown_to(Rows(), *args, **options)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -174,9 +113,9 @@ sys.path.insert(0, str(Path(sys.argv[1]).parent))
 from ebt_nb.config import load_config
 from ebt_nb.data.serving import TextData
 import test_data
-class Writer(test_data.Recorder):
+class Writer(test_data.Rows):
     def on_train_end(self): (folder / f"{self.name}-rank{self.global_rank}.json").write_text(json.dumps(self.seen))
-test_data.Recorder = Writer
+test_data.Rows = Writer
 folder = Path(sys.argv[2])
 for Writer.name, checkpoint in [("first", None), ("resumed", folder / "first/checkpoints/step=4.ckpt")]:
     test_data.fitted(TextData(load_config(folder / "config.yaml")), folder / Writer.name, 9, checkpoint, devices=2, strategy="ddp_fork")

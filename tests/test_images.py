@@ -3,13 +3,11 @@ import errno
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 
 import datasets
@@ -18,8 +16,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from ebt_nb.config import ConfigError, build_config
@@ -27,6 +23,7 @@ from ebt_nb.data import images
 from ebt_nb.data.image_serving import ImageData, keep_latents, latents_folder
 from ebt_nb.data.images import find_images, normalised, opened, pixels_of, prepare_images, read_info, square
 from ebt_nb.data.text import ASSETS, DataError
+from together import Recorder, check_killed_one_is_replaced, shown_to
 
 EMOJI = np.load(ASSETS / "images/emoji32.npz")["images"]
 
@@ -110,55 +107,10 @@ def test_embedded_sets_at_other_sizes(tmp_path, source, channels, size):
 
 # ---- several processes
 
-def prepare_in_child(folder, stuck, say):
-    "What each process does: open the data, telling the test through the pipe `say` what happens; a stuck one begins to write and never ends."
-    from ebt_nb.data import text
-    build = images.build_images
-    def watched(partial, *rest):
-        say.send("builds")
-        if stuck:
-            (partial / "train.arrow").write_bytes(b"half a file")
-            say.send("half done")
-            time.sleep(600)
-        build(partial, *rest)
-    images.build_images, text.say = watched, say.send
-    data = opened_data(configured(folder))
-    say.send(f"{data.folder} {len(data.splits['train'])}")
+def opened_in(folder): return opened_data(configured(folder))
 
 
-def test_one_prepares_others_wait_and_a_killed_one_is_replaced(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ebt_nb.data.image_serving"])
-    def child(stuck):
-        listen, say = context.Pipe(duplex=False)
-        process = context.Process(target=prepare_in_child, args=(tmp_path, stuck, say), daemon=True)
-        process.start()
-        say.close()
-        return process, listen
-    def next_line(listen):
-        assert listen.poll(120), "nothing was said"
-        return listen.recv()
-    def rest(listen):
-        lines = []
-        try:
-            while True: lines.append(next_line(listen))
-        except EOFError: return lines
-    holder, heard = child(stuck=True)
-    others = []
-    try:
-        assert [next_line(heard), next_line(heard)] == ["builds", "half done"]
-        others = [child(stuck=False) for _ in range(2)]
-        for _, listen in others: assert next_line(listen).startswith("waiting for another process")
-        holder.kill()
-        said = []
-        for process, listen in others:
-            process.join(120)
-            said.append(rest(listen))
-    finally:
-        for process in [holder] + [process for process, _ in others]: process.kill()
-    assert sorted(map(len, said)) == [1, 2] and said[0][-1] == said[1][-1], said           # one took over, the other found it done
-    finished = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
-    assert len(finished) == 1 and said[0][-1].startswith(str(finished[0]))
+def test_one_prepares_others_wait_and_a_killed_one_is_replaced(tmp_path): check_killed_one_is_replaced("ebt_nb.data.images:build_images", opened_in, tmp_path, "ebt_nb.data.image_serving")
 
 
 def test_encoding_that_is_interrupted_leaves_nothing(tmp_path):
@@ -178,26 +130,12 @@ def test_encoding_that_is_interrupted_leaves_nothing(tmp_path):
 
 # ---- resuming under Lightning
 
-class Recorder(LightningModule):
-    "Trains one number and writes down what it is shown."
-    def __init__(self):
-        super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
-
-    def training_step(self, batch, _):
-        self.seen.append((batch["index"].tolist(), hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()))
-        return self.weight * batch["image"].mean()
-
-    def validation_step(self, batch, _): self.log("val", batch["image"].mean())
-    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 1e-3)
+class Pictures(Recorder):
+    def note(self, batch): return batch["index"].tolist(), hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
+    def value(self, batch): return batch["image"]
 
 
-def fitted(data, tmp_path, steps, checkpoint=None, **trainer):
-    module = Recorder()
-    saving = ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[saving], check_val_every_n_epoch=None,
-            val_check_interval=3, num_sanity_val_steps=1, limit_val_batches=1, default_root_dir=tmp_path, **trainer).fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    return module.seen
+def fitted(*args, **options): return shown_to(Pictures(), *args, **options)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -219,9 +157,9 @@ sys.path.insert(0, str(Path(sys.argv[1]).parent))
 from ebt_nb.config import load_config
 from ebt_nb.data.image_serving import ImageData
 import test_images
-class Writer(test_images.Recorder):
+class Writer(test_images.Pictures):
     def on_train_end(self): (folder / f"{self.name}-rank{self.global_rank}.json").write_text(json.dumps(self.seen))
-test_images.Recorder = Writer
+test_images.Pictures = Writer
 folder = Path(sys.argv[2])
 for Writer.name, checkpoint in [("first", None), ("resumed", folder / "first/checkpoints/step=4.ckpt")]:
     test_images.fitted(ImageData(load_config(folder / "config.yaml")), folder / Writer.name, 9, checkpoint, devices=2, strategy="ddp_fork")
