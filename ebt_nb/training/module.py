@@ -6,7 +6,7 @@
 __all__ = ['network', 'token_space', 'expected_loss', 'calibrate', 'build_model', 'LanguageModule', 'perplexity',
            'EnergyLanguageModule', 'replay_fields', 'TransformerLanguageModule', 'language_module']
 
-# %% ../../nbs/42_module.ipynb #30060d0c
+# %% ../../nbs/42_module.ipynb #45f9550e
 import math
 
 import torch
@@ -21,7 +21,7 @@ from ..noise import Keys
 from ..thinking.descent import Descent
 from ..thinking.replay import Fields
 from ..thinking.spaces import TokenSpace
-from .learner import Batch, Learner, compiles
+from .learner import Batch, Learner, Thinker, compiles
 from .objectives import Outcome, energy_objective, feed_forward_objective
 
 # %% ../../nbs/42_module.ipynb #6b2fecfa
@@ -127,11 +127,9 @@ def perplexity(nats: float) -> float:
     "exp of a mean loss in nats per token; infinite where no float is as large."
     return math.exp(nats) if nats < 700 else math.inf
 
-# %% ../../nbs/42_module.ipynb #936da833
-class EnergyLanguageModule(LanguageModule):
-    "Trains an energy-based transformer; `descent` holds alpha, `space` borrows the model's candidate table."
-    def __init__(self, config: RunConfig, model: EnergyTransformer): super().__init__(config, model, Descent(config.thinking))
-
+# %% ../../nbs/42_module.ipynb #b1dbd836
+class EnergyLanguageModule(Thinker, LanguageModule):
+    "Trains an energy-based transformer; `space` borrows the model's candidate table."
     @property
     def space(self) -> TokenSpace: return token_space(self.model, self.config)
 

@@ -6,7 +6,7 @@
 __all__ = ['image_network', 'reads_captions', 'image_space', 'calibrate_images', 'image_keys', 'restoration_objective', 'psnr',
            'ImageModule', 'EnergyImageModule', 'image_replay_fields', 'DiffusionModule', 'image_module']
 
-# %% ../../nbs/42_vision.ipynb #b6a5378e
+# %% ../../nbs/42_vision.ipynb #5521b226
 from functools import cached_property
 
 import torch
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from ..config import Objective, RunConfig
 from ..models.diffusion import Chain
-from ..models.dit import BidirectionalEBT, DiT
+from ..models.dit import BidirectionalEBT, DiT, initialise_image_as_published
 from ..noise import Keys
 from ..thinking.descent import Descent
 from ..thinking.replay import Fields
 from ..thinking.spaces import ImageSpace
 from ..thinking.verify import think
-from .learner import Batch, Learner
+from .learner import Batch, Learner, Thinker
 from .objectives import Keep, Outcome
 
-# %% ../../nbs/42_vision.ipynb #a40d789b
+# %% ../../nbs/42_vision.ipynb #69af3523
 def image_network(config: RunConfig) -> BidirectionalEBT | DiT:
     "The network a configuration describes, not calibrated yet; its weights depend on `run.seed` and nothing else."
     m, (channels, side) = config.model, config.image_shape
@@ -33,7 +33,10 @@ def image_network(config: RunConfig) -> BidirectionalEBT | DiT:
                  caption_width=config.encoder.caption_width if reads_captions(config) else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return DiT(**shape) if m.kind == "dit" else BidirectionalEBT(**shape, landscapes=config.thinking.steps, conditioning=m.conditioning)
+        if m.kind == "dit": return DiT(**shape)
+        model = BidirectionalEBT(**shape, landscapes=config.thinking.steps, conditioning=m.conditioning)
+        if m.init == "reference": initialise_image_as_published(model)
+        return model
 
 def reads_captions(config: RunConfig) -> bool:
     "Whether a model is told what pictures show."
@@ -111,11 +114,9 @@ class ImageModule(Learner):
         if keys is None: return batch["caption"]
         return batch["caption"] * (keys.at("caption").uniform(1) >= self.config.diffusion.drop_caption)
 
-# %% ../../nbs/42_vision.ipynb #bcf41246
-class EnergyImageModule(ImageModule):
-    "Trains a bidirectional energy-based transformer; `descent` holds alpha, `space` borrows the model's patch embedding."
-    def __init__(self, config: RunConfig, model: BidirectionalEBT): super().__init__(config, model, Descent(config.thinking))
-
+# %% ../../nbs/42_vision.ipynb #af422912
+class EnergyImageModule(Thinker, ImageModule):
+    "Trains a bidirectional energy-based transformer; `space` borrows the model's patch embedding."
     @property
     def space(self) -> ImageSpace: return image_space(self.model, self.config)
 
