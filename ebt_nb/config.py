@@ -244,7 +244,7 @@ class Tracking(Section):
     @classmethod
     def _off(cls, value): return "off" if value is False else value          # what YAML makes of an `off` without quotes
 
-# %% ../nbs/00_config.ipynb #3e15a107
+# %% ../nbs/00_config.ipynb #50012b12
 class RunConfig(Section):
     "Everything one run needs; saved as config.yaml in its folder."
     run: Run = Field(default_factory=Run)
@@ -282,7 +282,7 @@ class RunConfig(Section):
         if m.width % 4: raise ValueError(f"model.width: {m.width} cannot hold positions in two directions; take a multiple of 4")
         if m.kind == "image_ebt" and m.conditioning not in ("default", "adaln"): raise ValueError(f"model.conditioning: {m.conditioning!r} is for text; for images there are 'default' and 'adaln'")
         if self.objective.contrastive: raise ValueError("objective.contrastive: is for text only; set it to 0")
-        if self.trainer.compile or self.trainer.recompute: raise ValueError(f"trainer.{'compile' if self.trainer.compile else 'recompute'}: is for text only; leave it out")
+        if self.trainer.compile: raise ValueError("trainer.compile: is for text only; leave it out")
         return self
 
     @model_validator(mode="after")

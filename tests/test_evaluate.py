@@ -11,6 +11,7 @@ import torch
 from ebt_nb.cli import main
 from ebt_nb.config import build_config
 from ebt_nb.data.text import load_tokenizer
+from ebt_nb.runs import Run
 from ebt_nb.training.build import build_module
 
 EBT = Path(sys.executable).with_name("ebt")
@@ -90,6 +91,19 @@ def test_what_does_not_apply_has_no_row(ebt):
 def test_own_text(figures):
     found = figures("transformer.ckpt", "--data", "novel.txt")
     assert found["data"] == "novel.txt" and found["split"] == "validation" and found["bits_per_character"] > 0 and "exact_match" not in found
+
+
+def test_every_checkpoint_of_a_run_in_one_table(home, forker, tmp_path):
+    "The experiment `evaluate`, given RUN:all beside a single file: a row for each, and a curve over updates."
+    run = Run.create(build_config("text/quickstart", {"run.runs_dir": str(tmp_path / "runs")}))
+    for step in (2, 4): save(run.dir / f"checkpoints/step={step:06d}.ckpt", cache=home / "cache", global_step=step)
+    code, out, err = forker.run("run", "evaluate", "-p", f"checkpoints={{grown: {run.dir}:all, baseline: {home}/transformer.ckpt}}", "-p", f"data={{austen: 4, {home}/novel.txt: 4}}", "--runs-dir", tmp_path / "done", cwd=tmp_path)
+    assert code == 0, err
+    [folder] = (tmp_path / "done/evaluate").iterdir()
+    names = [("grown at 2", 2), ("grown at 4", 4), ("baseline", None)]
+    assert [(found["name"], found["step"]) for found in json.loads((folder / "results.json").read_text())] == [name for name in names for _ in range(2)]
+    assert [row.split(" | ")[1] for row in (folder / "summary.txt").read_text().splitlines()[2:5]] == [name for name, _ in names]
+    assert "lowest at the last checkpoint" in (folder / "report.ipynb").read_text() and (folder / "report.html").read_text().count("<img") == 3
 
 
 def test_plain_lines(ebt):

@@ -28,7 +28,7 @@ from ..thinking.replay import Fields, Replay
 from .objectives import Outcome
 from .optim import build_optimizer, build_schedule, parameter_groups
 
-# %% ../../nbs/42_learner.ipynb #ee55ce92
+# %% ../../nbs/42_learner.ipynb #5f93d6a8
 class CheckpointError(WorkbenchError):
     "A checkpoint that cannot be read or written, or does not belong to what it is used for."
 
@@ -44,6 +44,7 @@ class Learner(pl.LightningModule):
     def __init__(self, config: RunConfig, model: nn.Module, descent: Descent | None = None):
         super().__init__()
         self.config, self.model, self.descent = config, model, descent
+        model.recompute = config.trainer.recompute
         self.micro_steps = 0
         self.tokenizer: dict[str, str] | None = None             # name and fingerprint, kept in checkpoints
         self.pending: dict[str, list[Tensor]] = defaultdict(list)

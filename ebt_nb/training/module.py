@@ -81,7 +81,7 @@ def build_model(config: RunConfig) -> EnergyTransformer | Transformer:
     if isinstance(model, EnergyTransformer) and config.model.init == "calibrated": calibrate(model, config)
     return model
 
-# %% ../../nbs/42_module.ipynb #42fe805e
+# %% ../../nbs/42_module.ipynb #365440f0
 class LanguageModule(Learner):
     "What training and validation of a language model are, whatever the model; `outcome` is left to the subclasses."
     unit, samples = "tokens", "sequences"
@@ -90,7 +90,6 @@ class LanguageModule(Learner):
         super().__init__(config, model, descent)
         self.characters_per_token: float | None = None           # of the validation split
         self.compiled = Graphs()
-        model.recompute = config.trainer.recompute
 
     @property
     def graphs(self) -> Graphs | None:
