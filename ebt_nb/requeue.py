@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['STOPPING', 'Interrupted', 'stoppable', 'restarted', 'requeue', 'end_with_parent', 'of_this_job']
 
-# %% ../nbs/06_requeue.ipynb #e5527b6a
+# %% ../nbs/06_requeue.ipynb #d628c367
 import ctypes
 import os
 import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +39,7 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in previous.items(): signal.signal(number, handler)
 
-# %% ../nbs/06_requeue.ipynb #bc531233
+# %% ../nbs/06_requeue.ipynb #ed6b637b
 def restarted() -> bool:
     "Whether this process belongs to a Slurm job that was started before, and is running the same command again."
     return slurm_task() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
@@ -50,8 +51,11 @@ def requeue() -> str | None:
     if "SLURM_ARRAY_JOB_ID" in os.environ: job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"          # the last task has the array's own number, by which all tasks would be queued again
     def scontrol(*words: str) -> subprocess.CompletedProcess: return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)
     try:
-        shown = scontrol("show", "job", "--oneliner", job)
-        facts = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+        for _ in range(50):
+            shown = scontrol("show", "job", "--oneliner", job)
+            facts = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+            if facts.get("JobState") != "SIGNALING": break                # Slurm is still handing out the warning that brought us here
+            time.sleep(0.2)
         if shown.returncode: return f"Slurm job {job} was not queued again: {shown.stderr.strip()}"
         if facts.get("Requeue") != "1": return f"Slurm job {job} is not queued again: it was submitted with --no-requeue"
         if facts.get("JobState") != "RUNNING": return f"Slurm job {job} is not queued again from here: Slurm is taking it down ({facts.get('JobState', 'unknown').lower()})"
