@@ -129,13 +129,14 @@ class Thinking(Section):
         if self.truncate and self.detach: raise ValueError("truncate: means nothing when candidates are detached between steps; set thinking.detach=false or thinking.truncate=false")
         return self
 
-# %% ../nbs/00_config.ipynb #076ce1d7
+# %% ../nbs/00_config.ipynb #a037c56b
 class Objective(Section):
     "The loss."
     steps: Literal["mean", "last"] = Field("mean", description="average the loss over all thinking steps (System 1) or take the last only (System 2)")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread evenly over the vocabulary")
     contrastive: float = Field(0.0, ge=0, description="weight of softplus(energy of the truth - energy of the last input); 0 is off")
 
+# %% ../nbs/00_config.ipynb #566b4f95
 class Data(Section):
     "What is read, how it is cut into tokens or pixels, and how it is served."
     source: str = Field("austen", description="'austen' (embedded), 'redpajama-v2', 'fineweb', a question set ('gsm8k', 'dyck_generated', ...), a hub name, or a path to text, json(l) or parquet files; of images 'fashion_mnist', 'emoji' (embedded), 'imagenet-1k', 'coco-tiny', 'coco-medium', a hub name or a folder")
@@ -159,6 +160,7 @@ class Data(Section):
     label_column: str = Field("label", description="images: column that holds the class, where there is one")
     unreadable: Literal["skip", "refuse"] = Field("skip", description="images: leave out files that cannot be read, with their number and first names, or stop at the first")
 
+# %% ../nbs/00_config.ipynb #8b8d7ee1
 class Diffusion(Section):
     "How images are made noisy, and how the diffusion baseline takes the noise away."
     steps: int = Field(1000, ge=2, description="steps of the chain from the picture to the noisiest picture")
@@ -170,6 +172,7 @@ class Diffusion(Section):
     guidance: float = Field(1.0, ge=0, description="baseline: weight of what the caption says over what would be said without one; 1 is off")
     drop_caption: float = Field(0.1, ge=0, lt=1, description="share of captions that training leaves out, so that the model also knows pictures without one")
 
+# %% ../nbs/00_config.ipynb #32a40c63
 class Encoder(Section):
     "Frozen networks that turn pictures into latents and captions into vectors, once (`ebt encode`), before training."
     images: str = Field("none", description="'none' (pixels), 'small_vae' (embedded), 'vae:PATH_OR_HUB' (an AutoencoderKL), 'dinov2:PATH_OR_HUB'")
@@ -179,6 +182,7 @@ class Encoder(Section):
     latent_scale: float = Field(1.0, gt=0, description="what latents are multiplied by, so that their variance is about 1")
     caption_width: int = Field(384, ge=1, description="numbers of an encoded caption")
 
+# %% ../nbs/00_config.ipynb #d33e19e4
 class Optim(Section):
     "Optimiser and learning-rate schedule; every parameter group warms up to and decays from its own peak."
     name: Literal["adamw", "stable_adamw", "lars"] = Field("adamw", description="optimiser")
@@ -189,6 +193,7 @@ class Optim(Section):
     warmup_steps: int = Field(10_000, ge=0, description="updates of linear warm-up")
     decay_divisor: float = Field(10.0, ge=1, description="each group decays (cosine) to its own peak over this")
 
+# %% ../nbs/00_config.ipynb #ce3bd7dd
 class Trainer(Section):
     "How long and on what to train."
     max_steps: int = Field(1_000_000, ge=1, description="optimiser updates")

@@ -50,7 +50,7 @@ def free_disk(folder: Path | str) -> int:
     folder = Path(folder).expanduser().absolute()
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))).free
 
-# %% ../../nbs/43_estimate.ipynb #a864cbc9
+# %% ../../nbs/43_estimate.ipynb #e29b659b
 STATES = {"adamw": 2, "stable_adamw": 2, "lars": 1}        # numbers that an optimiser keeps for each weight
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def estimate(config: RunConfig, device: str = "cpu") -> Estimate:
 
 def step_memory(config: RunConfig, device: str = "cpu") -> int:
     "Bytes that a training step takes beside what is held: inputs and insides of blocks, and candidates, of the rows it goes through at a time."
-    m, t, ebt, rows, images = config.model, config.trainer, config.thinks, config.data.batch_size, config.data.task in ("denoise", "generate")
-    seq, values = ((config.image_shape[1] // m.patch) ** 2, config.image_shape[0] * m.patch**2) if images else (config.data.context, m.vocab_size)      # positions, and numbers of a candidate in each
+    m, t, ebt, rows = config.model, config.trainer, config.thinks, config.data.batch_size
+    seq, values = kind_of(config).positions(config)
     block = 20 * m.width + 4 * m.heads * seq
     blocks = m.layers * m.width + block if t.recompute else m.layers * block
     row = seq * (blocks + ebt * values)
-    if ebt and not images: rows = min(rows, t.rows_at_once or (rows if device == "cuda" else max(1, 100_000_000 // row)))
+    if ebt and kind_of(config).by_rows: rows = min(rows, t.rows_at_once or (rows if device == "cuda" else max(1, 100_000_000 // row)))
     graph = 3 * ebt or 1                                                    # forwards, backwards and pushed up: see below
     thoughts = config.thinking.steps * config.thinking.visits_max if ebt and not (config.thinking.detach or config.thinking.truncate) else 1
     logits = 6 * min(rows * seq, 1024) * values                       # the baseline's, a chunk at a time

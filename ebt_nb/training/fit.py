@@ -7,7 +7,7 @@ __all__ = ['FIXED', 'started_by', 'environment', 'strategy', 'build_trainer', 'c
            'starting_point', 'parameter_counts', 'introduce', 'ending', 'fit', 'ready', 'alone_in', 'train', 'threads',
            'prepare_folder']
 
-# %% ../../nbs/44_fit.ipynb #35214b2f
+# %% ../../nbs/44_fit.ipynb #eb68623a
 import contextlib
 import math
 import os
@@ -36,8 +36,8 @@ from ..thinking.replay import bytes_of
 from .callbacks import (AtomicCheckpoints, Checkpoints, Console, Progress, Recorder, StopRequested, StopSignals, build_trackers, check_tracking,
                                        code_version, named_callbacks, quiet)
 from .estimate import check_cache, check_room, readable
-from .build import build_module, check_tokenizer, kind_of, start_from
-from .learner import CheckpointError, Learner, compiles, read_checkpoint
+from .build import build_module, check_tokenizer, kind_of, start_from, steps_compiled
+from .learner import CheckpointError, Learner, read_checkpoint
 
 # %% ../../nbs/44_fit.ipynb #afcb7e8b
 def started_by() -> Literal["torchrun", "srun"] | None:
@@ -118,7 +118,7 @@ def starting_point(config: RunConfig, run: Run | None, resume: bool | str, data:
     check_resumable(path, checkpoint, config, data)
     return path, checkpoint["global_step"]
 
-# %% ../../nbs/44_fit.ipynb #6f87a185
+# %% ../../nbs/44_fit.ipynb #dae4ec6f
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     "Parameters in all, and without token tables and output head."
     tables = {id(m.weight) for name, m in model.named_modules() if name in ("embedding", "candidate_embedding", "output_head")}
@@ -136,7 +136,7 @@ def introduce(config: RunConfig, module: Learner, device: str = "cpu") -> list[s
         lines.append(f"replay buffer: {config.thinking.replay} samples of {' x '.join(f'{n:,}' for n in fields['candidate'][0])} candidates in {config.thinking.replay_precision}, {readable(bytes_of(config.thinking.replay, fields))} per process; "
                      f"{math.ceil(config.thinking.replay_share * d.batch_size)} of them in each batch beside {d.batch_size} fresh ones")
     if config.run.defaults: lines.append(f"site defaults were taken from {config.run.defaults}")
-    if compiles(config, device): lines.append("training steps are compiled, which takes minutes at the first update, and at the first with any other number of thinking steps")
+    if steps_compiled(config, device): lines.append("training steps are compiled, which takes minutes at the first update, and at the first with any other number of thinking steps")
     return lines
 
 # %% ../../nbs/44_fit.ipynb #9b6f2d8f
@@ -160,7 +160,7 @@ def ending(run: Run, trainer: pl.Trainer, console: Console, stop: StopSignals) -
         raise
     close("done", f"{run.dir}")
 
-# %% ../../nbs/44_fit.ipynb #6a2bcc01
+# %% ../../nbs/44_fit.ipynb #56d95e52
 def fit(config: RunConfig, run: Run | None = None, resume: bool | str = False, progress: Literal["rich", "plain", "none"] = "rich", callbacks: Sequence[pl.Callback] = ()) -> Run:
     """Train a model, in this process, and return its run: a new one, or `run`, made before.
 
@@ -191,7 +191,7 @@ def ready(config: RunConfig, starting: bool = False) -> tuple[pl.Trainer, TextDa
     strategy(config)
     trainer = build_trainer(changed(config, {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto"}) if starting else config, Path(), [])
     if trainer.strategy.root_device.type == "cuda" and config.trainer.devices > torch.cuda.device_count(): raise ConfigError(f"trainer.devices: {config.trainer.devices}, and this machine has {torch.cuda.device_count()} GPUs")
-    compiles(config, trainer.strategy.root_device.type)
+    steps_compiled(config, trainer.strategy.root_device.type)
     data = data_module(config)
     if (line := check_cache(data)) and trainer.is_global_zero: say(line)
     data.setup("fit")

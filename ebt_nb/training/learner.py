@@ -28,12 +28,13 @@ from ..thinking.replay import Fields, Replay
 from .objectives import Outcome
 from .optim import build_optimizer, build_schedule, parameter_groups
 
-# %% ../../nbs/42_learner.ipynb #5f93d6a8
+# %% ../../nbs/42_learner.ipynb #cb9bcd76
 class CheckpointError(WorkbenchError):
     "A checkpoint that cannot be read or written, or does not belong to what it is used for."
 
 Batch = dict[str, Shaped[Tensor, "..."]]
 
+# %% ../../nbs/42_learner.ipynb #c91bbcb7
 class Learner(pl.LightningModule):
     """What training and validation are, whatever is learned, in `unit`s ('tokens', 'images').
 
@@ -191,10 +192,9 @@ def of_all_ranks(state: Any) -> list[Any] | None:
     else: states[0] = state
     return states
 
-# %% ../../nbs/42_learner.ipynb #e3bd760a
+# %% ../../nbs/42_learner.ipynb #fd160bf8
 def compiles(config: RunConfig, device: str) -> bool:
-    "Whether training steps are compiled on a kind of device: as `trainer.compile` says, by default of language models on a GPU. Raises ConfigError where that is asked for and a compiler is missing."
-    if config.data.task not in ("text", "questions"): return False
+    "Whether training steps are compiled on a kind of device: as `trainer.compile` says, by default on a GPU. Raises ConfigError where that is asked for and a compiler is missing."
     wanted, missing = config.trainer.compile, missing_compiler(device)
     if wanted and missing: raise ConfigError(f"trainer.compile: {missing}, or set trainer.compile=false")
     return wanted if wanted is not None else device == "cuda" and missing is None and not config.trainer.recompute and config.trainer.strategy != "fsdp"
