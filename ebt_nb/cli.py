@@ -8,7 +8,7 @@ __all__ = ['ADDRESS', 'presets', 'key_lines', 'runs', 'check_words', 'columns', 
            'given_config', 'resume', 'resumable', 'NotLearned', 'overfit', 'with_words', 'sweep', 'generate',
            'completion', 'evaluate', 'evaluate_language', 'evaluate_pictures', 'run_of', 'figures_folder',
            'evaluation_lines', 'bench', 'train_lines', 'memory_line', 'bench_lines', 'encode', 'draw', 'checkpoint',
-           'lab', 'parser', 'precision', 'count', 'main']
+           'lab', 'takes_configuration', 'parser', 'precision', 'count', 'main']
 
 # %% ../nbs/80_cli.ipynb #0bd8e98f
 import argparse, ast, contextlib, json, os, sys, time
@@ -405,8 +405,15 @@ def lab(args: argparse.Namespace) -> None:
     folder = checkout if os.path.isdir(checkout) else installed
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])
 
-# %% ../nbs/80_cli.ipynb #69275791
+# %% ../nbs/80_cli.ipynb #c8289cba
 ADDRESS = "checkpoint file, or RUN, RUN:last, RUN:best, RUN:best/step, RUN:step=N, RUN:3 (the third), wdb:entity/project/RUN:last"
+
+def takes_configuration(p: argparse.ArgumentParser) -> None:
+    "The arguments by which a command is told a configuration (`given_config` reads them)."
+    p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; with --preset it is left out")
+    p.add_argument("--preset", help="a preset instead; `ebt presets` lists them")
+    p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key; may be repeated")
+    p.add_argument("--defaults", metavar="FILE", help="site-wide defaults; the nearest ebt_defaults.yaml if left out, `none` for none")
 
 def parser() -> argparse.ArgumentParser:
     "The grammar of the command line."
@@ -439,10 +446,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prepare", action="store_true", help="notebook: read and pack what it trains on here, before it is sent; else the job does it")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the script, make and send nothing")
     p = command("prepare", prepare, "read and pack what a configuration trains on, once, without training")
-    p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; with --preset it is left out")
-    p.add_argument("--preset", help="a preset instead; `ebt presets` lists them")
-    p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key; may be repeated")
-    p.add_argument("--defaults", metavar="FILE", help="site-wide defaults; the nearest ebt_defaults.yaml if left out, `none` for none")
+    takes_configuration(p)
     p = command("train", train, "train one model, or go on with it")
     p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; with --preset or --resume it is left out")
     p.add_argument("--preset", help="train a preset; `ebt presets` lists them")
@@ -457,10 +461,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key that a resumed run may change, such as trainer.max_steps; may be repeated")
     p.add_argument("--runs-dir", metavar="DIR", help="where to look for runs (run.runs_dir of the site defaults, else runs)")
     p = command("overfit", overfit, "learn a batch or a few by heart: the quickest check that a model can learn")
-    p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration; with --preset it is left out")
-    p.add_argument("--preset", help="a preset instead; `ebt presets` lists them")
-    p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key; may be repeated")
-    p.add_argument("--defaults", metavar="FILE", help="site-wide defaults; the nearest ebt_defaults.yaml if left out, `none` for none")
+    takes_configuration(p)
     p.add_argument("--batches", type=count, default=1, metavar="N", help="how many batches (1)")
     p.add_argument("--interval", type=count, default=10, metavar="N", help="report every N updates (10)")
     p.add_argument("--updates", type=count, default=1000, metavar="N", help="give up after so many updates (1000)")
@@ -485,21 +486,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set inference.*, what of thinking applies outside training, run.seed; may be repeated")
     p.add_argument("--runs-dir", metavar="DIR", help="where to look for runs (run.runs_dir of the site defaults, else runs)")
     p.add_argument("--json", action="store_true", help="print tokens, log-probabilities, thinking steps and energies instead of text")
-    p = command("evaluate", evaluate, "measure a trained model on held-out text or a question set")
+    p = command("evaluate", evaluate, "measure a trained model on held-out text, a question set or noisy pictures")
     p.add_argument("checkpoint", help=f"{ADDRESS}; RUN:all measures each")
     p.add_argument("--visualize", nargs="?", const="", metavar="DIR", help="draw figures (losses by step and position, a prediction, its landscape, ...) into this folder, or a new one among the run's figures")
-    p.add_argument("--data", metavar="NAME", help="corpus or question set, by name, path or hub name; what it was trained on if left out")
+    p.add_argument("--data", metavar="NAME", help="corpus, question set or pictures, by name, path or hub name; what it was trained on if left out")
     p.add_argument("--task", choices=["text", "questions"], help="what a path or hub name holds (data.task)")
     p.add_argument("--split", default="validation", help="validation, test, ...")
-    p.add_argument("--limit", type=count, metavar="N", help="evaluate this many rows or questions; all if left out")
+    p.add_argument("--limit", type=count, metavar="N", help="evaluate this many rows or questions (all if left out), or pictures (512)")
     p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set what of thinking applies outside training, inference.*, run.seed; may be repeated")
     p.add_argument("--runs-dir", metavar="DIR", help="where to look for runs (run.runs_dir of the site defaults, else runs)")
     p.add_argument("--json", action="store_true", help="print figures as JSON")
     p = command("encode", encode, "write what frozen encoders make of pictures and captions to disk, once, for training to read")
-    p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration, the same as for training; with --preset it is left out")
-    p.add_argument("--preset", help="a preset instead; `ebt presets` lists them")
-    p.add_argument("-p", "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="set a configuration key; may be repeated")
-    p.add_argument("--defaults", metavar="FILE", help="site-wide defaults; the nearest ebt_defaults.yaml if left out, `none` for none")
+    takes_configuration(p)
     p.add_argument("--at-once", type=count, default=64, metavar="N", help="pictures and captions at once (64)")
     p = command("draw", draw, "draw pictures with a trained model, from captions if it reads any")
     p.add_argument("checkpoint", help=ADDRESS)

@@ -7,7 +7,7 @@ __all__ = ['ImageConditioning', 'grid_positions', 'PatchEmbedding', 'normed', 'g
            'PatchTransformer', 'Prepared', 'ImageContext', 'BidirectionalEBT', 'ImageEnergy', 'initialise_backbone',
            'initialise_image_energy', 'initialise_image_as_published', 'time_features', 'DiT', 'initialise_dit']
 
-# %% ../../nbs/13_dit.ipynb #cf002aa5
+# %% ../../nbs/13_dit.ipynb #1f049571
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..config import ConfigError
 from .layers import candidate_recomputed, recomputed
-from ..twice import Pullback, _in_their_format, normalised
+from ..twice import Pullback, in_their_format, normalised
 
 # %% ../../nbs/13_dit.ipynb #db947d7c
 def grid_positions(side: int, width: int) -> Float[Tensor, "patches width"]:
@@ -75,7 +75,7 @@ def normed(x: Float[Tensor, "*batch width"], eps: float = 1e-6) -> tuple[Float[T
         return gradient - gradient.mean(-1, keepdim=True)
     return normal, pullback
 
-# %% ../../nbs/13_dit.ipynb #d67b9536
+# %% ../../nbs/13_dit.ipynb #d537fe40
 def _to_heads(x: Tensor, parts: int, heads: int) -> Tensor:
     "[*batch, patches, parts * width] as [parts, *batch, heads, patches, head]."
     return x.unflatten(-1, (parts, heads, -1)).movedim(-3, 0).transpose(-2, -3).contiguous()
@@ -104,7 +104,7 @@ def _pull_gather(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, shares: Tens
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    @_in_their_format
+    @in_their_format
     def forward(ctx, x, heads):
         kept = _gather(x, heads)
         ctx.save_for_backward(x, *kept)
@@ -116,14 +116,14 @@ class _Gather(torch.autograd.Function):
 
 class _PullGather(torch.autograd.Function):
     @staticmethod
-    @_in_their_format
+    @in_their_format
     def forward(ctx, gradient, x, *kept):
         ctx.save_for_backward(gradient, *kept)
         return _pull_gather(gradient, *kept)
 
     @staticmethod
     @once_differentiable
-    @_in_their_format
+    @in_their_format
     def backward(ctx, w):
         gradient, q, k, v, shares, mixed = ctx.saved_tensors
         scale, heads = q.shape[-1] ** -0.5, q.shape[-3]
