@@ -172,10 +172,10 @@ class Diffusion(Section):
     guidance: float = Field(1.0, ge=0, description="baseline: weight of what the caption says over what would be said without one; 1 is off")
     drop_caption: float = Field(0.1, ge=0, lt=1, description="share of captions that training leaves out, so that the model also knows pictures without one")
 
-# %% ../nbs/00_config.ipynb #32a40c63
+# %% ../nbs/00_config.ipynb #6272bcb5
 class Encoder(Section):
     "Frozen networks that turn pictures into latents and captions into vectors, once (`ebt encode`), before training."
-    images: str = Field("none", description="'none' (pixels), 'small_vae' (embedded), 'vae:PATH_OR_HUB' (an AutoencoderKL), 'dinov2:PATH_OR_HUB'")
+    images: str = Field("none", description="'none' (pixels), 'small_vae' (embedded), 'vae:PATH_OR_HUB' (an AutoencoderKL), 'dinov2:PATH_OR_HUB'; hub names may have a revision, owner/name@REVISION")
     captions: str = Field("none", description="'none', 'minilm', 'minilm:PATH_OR_HUB', 'clip:PATH_OR_HUB'")
     latent_channels: int = Field(4, ge=1, description="numbers per latent")
     latent_factor: int = Field(4, ge=1, description="pixels a side that one latent stands for")

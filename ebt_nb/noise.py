@@ -24,7 +24,7 @@ def mix(word: Int[Tensor, "*shape"], spare: Int[Tensor, "*shape"] | None = None)
     word.bitwise_xor_(shifted(15)).mul_(0x846CA68B - 2**32)
     return word.bitwise_xor_(shifted(16))
 
-# %% ../nbs/02_noise.ipynb #c283fa53
+# %% ../nbs/02_noise.ipynb #722617b3
 @dataclass(frozen=True)
 class Keys:
     "What a batch of random draws is keyed by: two int32 words for every sample and position."
@@ -70,14 +70,15 @@ class Keys:
         "Uniform numbers strictly between -1 and 1: odd multiples of 2^-23."
         return self.words(width).bitwise_right_shift_(9).to(dtype).add_(0.5).mul_(2**-22)
 
-    def normal(self, width: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch width"]:
-        "Standard normal numbers by the inverse error function; the largest is 5.3."
-        if traced() or not self.first.is_cpu: return self._odd(width, dtype).erfinv_().mul_(math.sqrt(2))
+    def normal(self, width: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Float[Tensor, "*batch width"]:
+        "Normal numbers of standard deviation `std`, by the inverse error function; the largest is 5.3 of these."
+        scale = math.sqrt(2) * std
+        if traced() or not self.first.is_cpu: return self._odd(width, dtype).erfinv_().mul_(scale)
         drawn = torch.empty(*self.first.shape, width, dtype=dtype)
         rows, first, second = drawn.view(-1, width), self.first.reshape(-1), self.second.reshape(-1)
         many = max(1, 2**19 // width)                                     # at a time: what fits into a processor's cache is made there
         for few in (slice(begin, begin + many) for begin in range(0, len(rows), many)):
-            torch.erfinv(Keys(first[few], second[few])._odd(width, dtype), out=rows[few]).mul_(math.sqrt(2))
+            torch.erfinv(Keys(first[few], second[few])._odd(width, dtype), out=rows[few]).mul_(scale)
         return drawn
 
 def _word(number: int) -> int:

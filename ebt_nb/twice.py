@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Pullback', 'MANY', 'normalised', 'gated', 'in_their_format', 'attended']
 
-# %% ../nbs/04_twice.ipynb #0633a7b0
+# %% ../nbs/04_twice.ipynb #1a248398
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -21,58 +21,67 @@ from .graph import traced
 # %% ../nbs/04_twice.ipynb #6f4ad9b8
 Pullback = Callable[[Tensor], Tensor]
 
-# %% ../nbs/04_twice.ipynb #a9699aa5
+# %% ../nbs/04_twice.ipynb #cc7e8568
 def _normal(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * inverse, inverse
 
-def _pull_normal(gradient: Tensor, normal: Tensor, inverse: Tensor) -> Tensor:
-    return torch.addcmul(gradient, normal, (gradient * normal).mean(-1, keepdim=True), value=-1).mul_(inverse)
+def _along(a: Tensor, b: Tensor) -> Tensor: return (a * b).mean(-1, keepdim=True)
+
+def _pull_normal(gradient: Tensor, normal: Tensor, inverse: Tensor, along: Tensor) -> Tensor: return torch.addcmul(gradient, normal, along, value=-1).mul_(inverse)
 
 class _Normal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps):
         normal, inverse = _normal(x, eps)
-        ctx.save_for_backward(x, normal, inverse)
-        ctx.mark_non_differentiable(inverse)
+        ctx.save_for_backward(normal, inverse)
+        ctx.set_materialize_grads(False)
         return normal, inverse
 
     @staticmethod
-    def backward(ctx, gradient, _): return _PullNormal.apply(gradient, *ctx.saved_tensors), None
+    def backward(ctx, gradient, bend):
+        normal, inverse = ctx.saved_tensors
+        if gradient is None: gradient = torch.zeros_like(normal)
+        if bend is None: return _PullNormal.apply(gradient, normal, inverse), None
+        return _pull_normal(gradient, normal, inverse, torch.addcmul(_along(gradient, normal), bend, inverse, value=1 / normal.shape[-1])), None
 
 class _PullNormal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, x, normal, inverse):
-        ctx.save_for_backward(gradient, normal, inverse)
-        return _pull_normal(gradient, normal, inverse)
+    def forward(ctx, gradient, normal, inverse):
+        along = _along(gradient, normal)
+        ctx.save_for_backward(gradient, normal, inverse, along)
+        return _pull_normal(gradient, normal, inverse, along)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, w):
-        gradient, normal, inverse = ctx.saved_tensors
-        a, b = (gradient * normal).mean(-1, keepdim=True), (w * normal).mean(-1, keepdim=True)
-        bend = normal * ((w * gradient).mean(-1, keepdim=True) - 3 * a * b)
-        return _pull_normal(w, normal, inverse), bend.addcmul_(a, w).addcmul_(b, gradient).mul_(-inverse.square()), None, None
+        gradient, normal, inverse, a = ctx.saved_tensors
+        b = _along(w, normal)
+        to_normal, to_inverse = (w * (-a * inverse)).addcmul_(gradient, -b * inverse), (_along(w, gradient) - a * b) * normal.shape[-1]
+        return _pull_normal(w, normal, inverse, b), to_normal, to_inverse
 
 def normalised(x: Float[Tensor, "*batch width"], eps: float) -> tuple[Float[Tensor, "*batch width"], Pullback]:
     "x over its root mean square along the last axis (Zhang & Sennrich 2019, without gain), and the pullback."
     if torch.is_grad_enabled():
         normal, inverse = _Normal.apply(x, eps)
-        held = normal.detach()
-        return normal, lambda gradient: _PullNormal.apply(gradient, x, held, inverse)
+        return normal, lambda gradient: _PullNormal.apply(gradient, normal, inverse)
     normal, inverse = _normal(x, eps)
-    return normal, lambda gradient: _pull_normal(gradient, normal, inverse)
+    return normal, lambda gradient: _pull_normal(gradient, normal, inverse, _along(gradient, normal))
 
-# %% ../nbs/04_twice.ipynb #8f02e030
-def _slopes(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "The logistic function, silu, and the latter's derivative."
-    sigma = gate.sigmoid()
-    value = gate * sigma
-    return sigma, value, torch.addcmul(sigma, value, 1 - sigma)
+# %% ../nbs/04_twice.ipynb #617bde84
+def _both(gate_up: Tensor, to_gate: Callable[..., Tensor], to_up: Callable[..., Tensor]) -> Tensor:
+    "What two functions make of the halves of a tensor, side by side; each is written to its place (`out`) at once, but in a graph, which knows no such places."
+    if traced(): return torch.cat((to_gate(out=None), to_up(out=None)), -1)
+    both = torch.empty_like(gate_up)
+    for to, half in zip((to_gate, to_up), both.chunk(2, -1)): to(out=half)
+    return both
+
+def _pull_silu(gradient: Tensor, gate: Tensor, out: Tensor | None) -> Tensor:
+    return torch.ops.aten.silu_backward(gradient, gate) if out is None else torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=out)
 
 def _pull_gated(gradient: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)), -1)
+    return _both(gate_up, partial(_pull_silu, gradient * up, gate), partial(torch.mul, F.silu(gate), gradient))
 
 class _Gated(torch.autograd.Function):
     @staticmethod
@@ -95,11 +104,12 @@ class _PullGated(torch.autograd.Function):
     def backward(ctx, w):
         gradient, gate_up = ctx.saved_tensors
         (gate, up), (w_gate, w_up) = gate_up.chunk(2, -1), w.chunk(2, -1)
-        sigma, value, slope = _slopes(gate)
+        sigma = gate.sigmoid()
+        value, rest = gate * sigma, 1 - sigma
+        slope = torch.addcmul(sigma, value, rest)
         push = (slope * up).mul_(w_gate).addcmul_(value, w_up)
-        bend = (1 - sigma).mul_(sigma).mul_(torch.add(gate, value, alpha=-2).add_(2))
-        along = gradient * w_gate
-        return push, torch.cat((bend.mul_(up).mul_(along).addcmul_(slope, gradient * w_up), slope * along), -1)
+        second, along = rest.mul_(sigma).mul_(torch.add(gate, value, alpha=-2).add_(2)), gradient * w_gate
+        return push, _both(gate_up, partial(torch.addcmul, second.mul_(up).mul_(along), slope, gradient * w_up), partial(torch.mul, slope, along))
 
 def gated(gate_up: Float[Tensor, "*batch twice"]) -> tuple[Float[Tensor, "*batch half"], Pullback]:
     "silu of the first half of the last axis times the second (Shazeer 2020), and the pullback."
@@ -107,7 +117,7 @@ def gated(gate_up: Float[Tensor, "*batch twice"]) -> tuple[Float[Tensor, "*batch
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up, lambda gradient: _pull_gated(gradient, gate_up)
 
-# %% ../nbs/04_twice.ipynb #0aeccf8b
+# %% ../nbs/04_twice.ipynb #69462de1
 MANY = 8                     # candidates from which on rows as long as what they look at pay
 
 def _largest(x: Tensor) -> Tensor:
@@ -128,17 +138,17 @@ def _softmax(q: Tensor, k: Tensor, keys: Tensor, hidden: Tensor | None) -> tuple
     itself = torch.sigmoid(own.to(exact) - others)
     return seen.mul_((1 - itself).to(scores.dtype)), itself.to(scores.dtype)
 
-def _asked(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    "What scores are asked for, a; and what a gradient wants of the candidate's own value over what it gets, gamma_* - m."
-    gets = (gradient * mixed).sum(-1, keepdim=True)
-    return (gradient @ values.transpose(-2, -1)).sub_(gets).mul_(seen), (gradient * v).sum(-1, keepdim=True) - gets
+def _wanted(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, owed: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    "What a gradient wants of the observed values and of the candidate's own over what it gets, gamma - m; and over what is `owed`."
+    gets = (gradient * mixed).sum(-1, keepdim=True) + owed
+    return (gradient @ values.transpose(-2, -1)).sub_(gets), (gradient * v).sum(-1, keepdim=True) - gets
 
 def in_their_format(function: Callable) -> Callable:
     "Compute in the format of the inputs: what autocast multiplies in 16 bits comes in 16 bits, and need not be cast again for every product."
     @wraps(function)
-    def run(ctx, *inputs):
+    def run(*inputs):
         kinds = {t.device.type for t in inputs if isinstance(t, Tensor)} or {"cpu"}
-        with torch.autocast(kinds.pop(), enabled=False): return function(ctx, *inputs)
+        with torch.autocast(kinds.pop(), enabled=False): return function(*inputs)
     return run
 
 class _Attended(torch.autograd.Function):
@@ -149,22 +159,32 @@ class _Attended(torch.autograd.Function):
         seen, itself = _softmax(q, k, keys, hidden)
         mixed = (seen @ values).addcmul_(itself, v)
         ctx.save_for_backward(q, k, v, keys, values, seen, itself, mixed)
-        ctx.mark_non_differentiable(seen, itself)
+        ctx.set_materialize_grads(False)
         return mixed, seen, itself
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient, bend, bend_itself):
         q, k, v, keys, values, seen, itself, mixed = ctx.saved_tensors
-        to_q, to_k, to_v, asked, seen = _PullAttended.apply(gradient, q, k, v, keys, values, seen, itself, mixed.detach())
+        gradient = torch.zeros_like(mixed) if gradient is None else gradient.contiguous()
+        if bend is None: to_q, to_k, to_v, asked, seen = _PullAttended.apply(gradient, q, k, v, keys, values, seen, itself, mixed.detach())
+        else: to_q, to_k, to_v, asked = _pull_bent(gradient, bend, bend_itself, q, k, v, keys, values, seen, itself, mixed)
         return to_q, to_k, to_v, asked.transpose(-2, -1) @ q if ctx.needs_input_grad[3] else None, seen.transpose(-2, -1) @ gradient if ctx.needs_input_grad[4] else None, None
+
+@in_their_format
+def _pull_bent(gradient: Tensor, bend: Tensor, bend_itself: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, itself: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "What `_PullAttended` gives, where shares are bent as well. The bend is written over; it is times the shares already."
+    wanted, wanted_itself = _wanted(gradient, v, values, mixed, bend.sum(-1, keepdim=True) + bend_itself)
+    asked, asked_itself = bend.addcmul_(seen, wanted), torch.addcmul(bend_itself, itself, wanted_itself)
+    return (asked @ keys).addcmul_(asked_itself, k), asked_itself * q, itself * gradient, asked
 
 class _PullAttended(torch.autograd.Function):
     @staticmethod
     @in_their_format
     def forward(ctx, gradient, q, k, v, keys, values, seen, itself, mixed):
-        asked, over_itself = _asked(gradient, v, values, mixed, seen)
-        asked_itself = itself * over_itself
-        ctx.save_for_backward(gradient, q, k, v, keys, values, seen, itself, asked, over_itself)
+        gradient = gradient.contiguous()                                # it comes from all heads' vectors side by side
+        wanted, wanted_itself = _wanted(gradient, v, values, mixed)
+        asked, asked_itself = wanted.mul_(seen), itself * wanted_itself
+        ctx.save_for_backward(gradient, q, k, v, keys, values, seen, itself, asked, wanted_itself)
         ctx.set_materialize_grads(False)
         return (asked @ keys).addcmul_(asked_itself, k), asked_itself * q, itself * gradient, asked, seen
 
@@ -172,24 +192,21 @@ class _PullAttended(torch.autograd.Function):
     @once_differentiable
     @in_their_format
     def backward(ctx, w_q, w_k, w_v, w_asked, w_seen):
-        gradient, q, k, v, keys, values, seen, itself, asked, over_itself = ctx.saved_tensors
+        gradient, q, k, v, keys, values, seen, itself, asked, wanted_itself = ctx.saved_tensors
         w_q, w_k, w_v = (torch.zeros_like(like) if w is None else w for w, like in ((w_q, q), (w_k, k), (w_v, v)))
         pushed, pushed_itself = w_q @ keys.transpose(-2, -1), (w_q * k + w_k * q).sum(-1, keepdim=True)
         if w_asked is not None: pushed += w_asked                          # this and `w_seen`: somebody differentiates what `_Attended.backward` gives keys and values
         mean = (seen * pushed).sum(-1, keepdim=True) + itself * pushed_itself
         moved, moved_itself = pushed.sub_(mean), pushed_itself - mean
-        share, share_itself = seen * moved, itself * moved_itself
+        share, share_itself, asked_itself = seen * moved, itself * moved_itself, itself * wanted_itself
         push = (share @ values).addcmul_(share_itself, v).addcmul_(itself, w_v)
-        bend, bend_itself, asked_itself = moved.mul_(asked), over_itself * moved_itself + (gradient * w_v).sum(-1, keepdim=True), itself * over_itself
-        if w_seen is not None: bend.addcmul_(seen, w_seen)
-        about = bend.sum(-1, keepdim=True) + itself * bend_itself
-        bend, bend_itself = bend.addcmul_(seen, about, value=-1), itself * (bend_itself - about)
-        to_q, to_k = (bend @ keys).addcmul_(bend_itself, k).addcmul_(asked_itself, w_k), (bend_itself * q).addcmul_(asked_itself, w_q)
-        to_keys = asked.transpose(-2, -1) @ w_q + bend.transpose(-2, -1) @ q if ctx.needs_input_grad[4] else None
+        to_keys = asked.transpose(-2, -1) @ w_q if ctx.needs_input_grad[4] else None
         to_values = share.transpose(-2, -1) @ gradient if ctx.needs_input_grad[5] else None
-        return push, to_q, to_k, share_itself * gradient, to_keys, to_values, None, None, None
+        bend, bend_itself = moved.mul_(asked), asked_itself * moved_itself + itself * (gradient * w_v).sum(-1, keepdim=True)
+        if w_seen is not None: bend.addcmul_(seen, w_seen)
+        return push, asked_itself * w_k, asked_itself * w_q, share_itself * gradient, to_keys, to_values, bend, bend_itself, None
 
-# %% ../nbs/04_twice.ipynb #43c01ec3
+# %% ../nbs/04_twice.ipynb #1e5698bd
 def attended(q: Float[Tensor, "batch heads cand head"], k: Float[Tensor, "batch heads cand head"], v: Float[Tensor, "batch heads cand head"],
              keys: Float[Tensor, "batch heads seq head"], values: Float[Tensor, "batch heads seq head"], hidden: Bool[Tensor, "*rows cand seq"] | None) -> tuple[Float[Tensor, "batch heads cand head"], Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Attention of candidates on the observed tokens that are not `hidden` from them (None: none is) and each on itself; and the pullback to (q, k, v).
@@ -209,7 +226,7 @@ def attended(q: Float[Tensor, "batch heads cand head"], k: Float[Tensor, "batch 
     mixed = (seen @ values).addcmul_(itself, v)
 
     def still(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        asked, over_itself = _asked(gradient, v, values, mixed, seen)
-        asked_itself = itself * over_itself
+        wanted, wanted_itself = _wanted(gradient, v, values, mixed)
+        asked, asked_itself = wanted.mul_(seen), itself * wanted_itself
         return (asked @ keys).addcmul_(asked_itself, k) * scale, asked_itself * q, itself * gradient
     return mixed, still

@@ -89,13 +89,18 @@ def test_killed_while_encoding_leaves_nothing_that_looks_whole(tmp_path):
     assert json.loads((folder / "info.json").read_text())["splits"]["train"]["rows"] > 700
 
 
+def save_vae(folder, seed):
+    "A tiny AutoencoderKL with weights drawn by a seed, as diffusers writes them."
+    from diffusers import AutoencoderKL
+    torch.manual_seed(seed)
+    AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, norm_num_groups=4, latent_channels=4).save_pretrained(folder)
+
+
 def test_changed_weights_are_encoded_anew(tmp_path):
     pytest.importorskip("diffusers", reason="the extra images is not installed")
-    from diffusers import AutoencoderKL
     weights = tmp_path / "vae"
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, norm_num_groups=4, latent_channels=4).save_pretrained(weights)
+        save_vae(weights, seed)
         config = configured(tmp_path, encoder__images=f"vae:{weights}", data__max_documents=20)
         folder = encode(config)
         data = data_module(config)
@@ -128,6 +133,34 @@ def test_weights_that_are_not_here_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for read, settings in [(image_encoder, Encoder(images="vae:owner/name")), (image_encoder, Encoder(images="dinov2:owner/name")), (text_encoder, Encoder(captions="clip:owner/name")), (text_encoder, Encoder(captions="minilm:owner/name"))]:
         with pytest.raises(EncoderError, match="'owner/name' is not on this machine.*hf download owner/name.*HF_HOME"): read(settings)
+
+
+def test_a_name_that_the_hub_is_not_asked_for_twice(monkeypatch):
+    "Without a network, the hub's first word is the last: the libraries would ask it again and again."
+    pytest.importorskip("diffusers", reason="the extra images is not installed")
+    asked = []
+    def model_info(self, *name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("no network")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", lambda *_, **__: pytest.fail("asked for a file"))
+    with pytest.raises(EncoderError, match="no network.*hf download owner/name --revision v1"): image_encoder(Encoder(images="vae:owner/name@v1"))
+    assert asked == [(("owner/name",), "v1")]
+
+
+def test_a_revision_of_what_was_downloaded_is_what_it_was(tmp_path):
+    "Two revisions in Hugging Face's cache, as `hf download` leaves them: a name means the newest, a name with a revision that one."
+    pytest.importorskip("diffusers", reason="the extra images is not installed")
+    kept, commits = tmp_path / "hf/hub/models--owner--name", ["0" * 40, "1" * 40]
+    for seed, commit in enumerate(commits): save_vae(kept / "snapshots" / commit, seed)
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text(commits[1])
+    ask = "import sys; from ebt_nb.config import Encoder; from ebt_nb.models.encoders import image_encoder; print(*[image_encoder(Encoder(images=name)).fingerprint for name in sys.argv[1:]])"
+    names = ["vae:owner/name", *[f"vae:owner/name@{commit}" for commit in commits], *[f"vae:{kept}/snapshots/{commit}" for commit in commits]]
+    done = subprocess.run([sys.executable, "-c", ask, *names], env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    newest, first, second, first_folder, second_folder = done.stdout.split()
+    assert newest == second == second_folder != first == first_folder
 
 
 def test_weights_as_pickles_are_not_read(tmp_path):

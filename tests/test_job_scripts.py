@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ebt_nb.runs import find_runs
+from ebt_nb.training.learner import read_checkpoint
 
 SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "data.source": "austen", "data.streaming": False, "data.tokenizer": "austen_2k", "data.context": 16, "data.batch_size": 4, "data.max_documents": 1,
          "trainer.max_steps": 1, "trainer.val_batches": 1, "trainer.threads": 1, "trainer.accelerator": "cpu", "tracking.wandb": "off"}
@@ -44,6 +45,8 @@ def test_pictures(script, preset, extra, root, tmp_path):
     assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
     if preset == "image/t2i_ebt_s1":
         assert "-encoded" in said and bash("inference/draw", f"{run.dir}:last", "--caption", "red apple", "--to", "apple.png").startswith("apple.png") and (tmp_path / "apple.png").stat().st_size > 100
+        made_by = {name: about["name"] for name, about in read_checkpoint(run.checkpoint("last"))["encoders"].items()}
+        assert made_by == {"images": "small_vae", "captions": "minilm"}
     else:
         shown = bash("inference/denoise", f"{run.dir}:last", "--limit", 4, "--visualize", "drawn", "-p", "diffusion.sampling_steps=5")
         assert "| 0.1 | 3 | 1 |" in shown and "| 0.2 | 10 | 1 |" in shown and {"pictures.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}

@@ -148,9 +148,9 @@ def find_latents(config: RunConfig) -> Path:
     what = " and ".join([f"pictures by {e.images!r} (encoder.images)"] * (e.images != "none") + [f"captions by {e.captions!r} (encoder.captions)"] * (e.captions != "none"))
     raise DataError(f"{config.data.source}: {what} are not encoded yet in {folder.parent}; run `ebt encode` once with the same configuration")
 
-# %% ../../nbs/36_image_serving.ipynb #52db319c
+# %% ../../nbs/36_image_serving.ipynb #19a643a1
 class ImageData(LightningDataModule):
-    """Pictures for a run: `splits` (rows with label and caption by split), `classes`, `shape` (C, N, N) of what the model sees, `info`, and loaders of dict(image, index, and label, caption where there are any).
+    """Pictures for a run: `splits` (rows with label and caption by split), `classes`, `shape` (C, N, N) of what the model sees, `info`, `encoders` (name and fingerprint of what encoded 'images' and 'captions'), and loaders of dict(image, index, and label, caption where there are any).
 
     image is in [-1, 1], or latents of encoder.images; caption holds the vectors of encoder.captions. `tokenizer` is None: there is no text to read. `rank` and `world_size` default to those of torch.distributed.
     Raises DataError for a source, cache or encoded data that cannot be used."""
@@ -166,6 +166,7 @@ class ImageData(LightningDataModule):
         self.splits: dict[str, datasets.Dataset] = {}
         self.vectors: dict[str, datasets.Dataset] = {}
         self.info: dict[str, Any] = {}
+        self.encoders: dict[str, dict[str, str]] = {}
         self.characters_per_token: dict[str, float] = {}
 
     def prepare_data(self) -> None:
@@ -178,6 +179,7 @@ class ImageData(LightningDataModule):
         "Open the rows. Raises DataError if they do not fit the configuration or each other."
         if self.folder is None: self.prepare_data()
         self.info, self.splits = read_info(self.folder), open_images(self.folder)
+        self.encoders = {name: about for folder in (self.folder, self.captions_folder) if folder for name, about in read_info(folder).get("encoders", {}).items()}
         channels, side = self.config.image_shape
         if tuple(self.info["shape"]) != (channels, side, side):
             raise DataError(f"encoder.latent_channels, encoder.latent_factor: {self.config.encoder.images!r} makes {' x '.join(map(str, self.info['shape']))} of data.image_size={self.config.data.image_size}; not {channels} x {side} x {side}")

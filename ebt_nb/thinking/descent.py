@@ -95,7 +95,7 @@ def largest_curvature(energy: Energy, space: Space, state: State, landscape: int
             product, = torch.autograd.grad(gradient, value, direction, retain_graph=True)
     return norm(product).reshape(energies.shape)
 
-# %% ../../nbs/21_descent.ipynb #c14fac88
+# %% ../../nbs/21_descent.ipynb #48f64792
 class Descent(nn.Module):
     "The optimisation loop under a `Thinking` policy, with the step size alpha as its parameter. Random step sizes apply in training mode only, what the policy calls `infer_...` and early stops outside it."
     def __init__(self, policy: Thinking):
@@ -148,7 +148,7 @@ class Descent(nn.Module):
             if policy.detach or not differentiable: candidate = candidate.detach()
             if not keep and trace.energies: trace.energies[-1] = trace.energies[-1].detach()      # only the last ones are of further use
             std, alpha = self.noise(k), self.alpha(landscape)
-            state = space.enter(candidate, keys.at("langevin", k).normal(space.noise_width, dtype).mul_(std) if std else None)
+            state = space.enter(candidate, keys.at("langevin", k).normal(space.noise_width, dtype, std) if std else None)
             if early_stop is None and not only_lower: candidate = None         # not needed any more, and large
             energies, force = energy_and_force(energy, space.embed(state), landscape, not constant)
             norms = force.detach().norm(dim=-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..products import linear, pull_linear
 from ..noise import Keys
 
-# %% ../../nbs/20_spaces.ipynb #4a1ebc2b
+# %% ../../nbs/20_spaces.ipynb #7f5fdb29
 class State(NamedTuple):
     "What one step works on: the value that moves, and what is added to its embedding for this step only."
     value: Float[Tensor, "*batch size"]
@@ -40,7 +40,7 @@ def step_against(value: Float[Tensor, "*batch size"], gradient: Float[Tensor, "*
 
 def first_candidate(keys: Keys, width: int, start: str, std: float, dtype: torch.dtype) -> Float[Tensor, "*batch size"]:
     "Keyed normal noise of standard deviation `std`, or zeros."
-    if start == "noise": return keys.at("start").normal(width, dtype).mul_(std)
+    if start == "noise": return keys.at("start").normal(width, dtype, std)
     return torch.zeros(*keys.first.shape, width, dtype=dtype, device=keys.first.device)
 
 # %% ../../nbs/20_spaces.ipynb #1abe9fa1

@@ -52,7 +52,7 @@ def build_module(config: RunConfig, model: nn.Module | None = None) -> Learner:
     "The module for a configuration, around `model` or (by default) a new one with its first weights."
     return kind_of(config).module(config, model)
 
-# %% ../../nbs/43_build.ipynb #2ad107ae
+# %% ../../nbs/43_build.ipynb #a08b2745
 def check_tokenizer(path: Path | str, checkpoint: dict[str, Any], tokenizer: Any) -> None:
     "Raise CheckpointError if a checkpoint was trained with another tokenizer than `tokenizer`: its token ids would mean other things."
     trained = checkpoint.get("tokenizer")
@@ -74,7 +74,7 @@ def load_module(path: Path | str, tokenizer: Any = None) -> Learner:
     try: module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error: raise CheckpointError(f"{path}: weights and configuration do not fit: {str(error).splitlines()[1].strip()}") from None
     module.on_load_checkpoint(checkpoint)
-    module.tokenizer = checkpoint["tokenizer"]
+    module.tokenizer, module.encoders = checkpoint["tokenizer"], checkpoint.get("encoders", {})
     return module.eval()
 
 # %% ../../nbs/43_build.ipynb #f319e848

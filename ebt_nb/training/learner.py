@@ -34,7 +34,7 @@ class CheckpointError(WorkbenchError):
 
 Batch = dict[str, Shaped[Tensor, "..."]]
 
-# %% ../../nbs/42_learner.ipynb #c91bbcb7
+# %% ../../nbs/42_learner.ipynb #f5f5470d
 class Learner(pl.LightningModule):
     """What training and validation are, whatever is learned, in `unit`s ('tokens', 'images').
 
@@ -48,6 +48,7 @@ class Learner(pl.LightningModule):
         model.recompute = config.trainer.recompute
         self.micro_steps = 0
         self.tokenizer: dict[str, str] | None = None             # name and fingerprint, kept in checkpoints
+        self.encoders: dict[str, dict[str, str]] = {}            # the same of what encoded 'images' and 'captions'
         self.pending: dict[str, list[Tensor]] = defaultdict(list)
         self.logged: set[str] = set()                            # names of the newest update's figures; Lightning keeps older ones too
         self.validated: list[tuple[dict[str, Tensor], Tensor]] = []
@@ -128,7 +129,7 @@ class Learner(pl.LightningModule):
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=build_schedule(optimizer, optim, self.config.trainer.max_steps), interval="step"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= dict(config=self.config.model_dump(mode="json"), tokenizer=self.tokenizer, micro_steps=self.micro_steps)
+        checkpoint |= dict(config=self.config.model_dump(mode="json"), tokenizer=self.tokenizer, encoders=self.encoders, micro_steps=self.micro_steps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.micro_steps = checkpoint["micro_steps"]

@@ -84,7 +84,7 @@ def restoration_objective(model: BidirectionalEBT, space: ImageSpace, descent: D
     if keep != "all": trace.candidates = trace.candidates[-1:] if keep == "last" else []
     return Outcome(loss, [step.detach() for step in losses], trace)
 
-# %% ../../nbs/42_vision.ipynb #c0d72cd2
+# %% ../../nbs/42_vision.ipynb #e8c9ecfe
 def psnr(prediction: Float[Tensor, "batch size"], clean: Float[Tensor, "batch size"]) -> Float[Tensor, "batch"]:
     "Peak signal-to-noise ratio (dB) of pictures in -1 to 1; what lies outside that is cut first."
     return 10 * torch.log10(4 / (prediction.clamp(-1, 1) - clean).square().mean(-1).clamp(min=1e-10))
@@ -95,6 +95,11 @@ class ImageModule(Learner):
 
     @cached_property
     def chain(self) -> Chain: return Chain(self.config.diffusion.steps, self.config.diffusion.level)
+
+    def setup(self, stage: str) -> None:
+        "Take from the data what checkpoints need to know about it."
+        super().setup(stage)
+        if self.trainer.datamodule is not None: self.encoders = self.trainer.datamodule.encoders
 
     @property
     def title(self) -> str:
