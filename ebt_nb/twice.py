@@ -117,7 +117,7 @@ def gated(gate_up: Float[Tensor, "*batch twice"]) -> tuple[Float[Tensor, "*batch
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up, lambda gradient: _pull_gated(gradient, gate_up)
 
-# %% ../nbs/04_twice.ipynb #69462de1
+# %% ../nbs/04_twice.ipynb #8378f02d
 MANY = 8                     # candidates from which on rows as long as what they look at pay
 
 def _largest(x: Tensor) -> Tensor:
@@ -138,11 +138,7 @@ def _softmax(q: Tensor, k: Tensor, keys: Tensor, hidden: Tensor | None) -> tuple
     itself = torch.sigmoid(own.to(exact) - others)
     return seen.mul_((1 - itself).to(scores.dtype)), itself.to(scores.dtype)
 
-def _wanted(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, owed: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    "What a gradient wants of the observed values and of the candidate's own over what it gets, gamma - m; and over what is `owed`."
-    gets = (gradient * mixed).sum(-1, keepdim=True) + owed
-    return (gradient @ values.transpose(-2, -1)).sub_(gets), (gradient * v).sum(-1, keepdim=True) - gets
-
+# %% ../nbs/04_twice.ipynb #5a6f05fc
 def in_their_format(function: Callable) -> Callable:
     "Compute in the format of the inputs: what autocast multiplies in 16 bits comes in 16 bits, and need not be cast again for every product."
     @wraps(function)
@@ -151,31 +147,11 @@ def in_their_format(function: Callable) -> Callable:
         with torch.autocast(kinds.pop(), enabled=False): return function(*inputs)
     return run
 
-class _Attended(torch.autograd.Function):
-    "q is scaled already."
-    @staticmethod
-    @in_their_format
-    def forward(ctx, q, k, v, keys, values, hidden):
-        seen, itself = _softmax(q, k, keys, hidden)
-        mixed = (seen @ values).addcmul_(itself, v)
-        ctx.save_for_backward(q, k, v, keys, values, seen, itself, mixed)
-        ctx.set_materialize_grads(False)
-        return mixed, seen, itself
-
-    @staticmethod
-    def backward(ctx, gradient, bend, bend_itself):
-        q, k, v, keys, values, seen, itself, mixed = ctx.saved_tensors
-        gradient = torch.zeros_like(mixed) if gradient is None else gradient.contiguous()
-        if bend is None: to_q, to_k, to_v, asked, seen = _PullAttended.apply(gradient, q, k, v, keys, values, seen, itself, mixed.detach())
-        else: to_q, to_k, to_v, asked = _pull_bent(gradient, bend, bend_itself, q, k, v, keys, values, seen, itself, mixed)
-        return to_q, to_k, to_v, asked.transpose(-2, -1) @ q if ctx.needs_input_grad[3] else None, seen.transpose(-2, -1) @ gradient if ctx.needs_input_grad[4] else None, None
-
-@in_their_format
-def _pull_bent(gradient: Tensor, bend: Tensor, bend_itself: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, itself: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "What `_PullAttended` gives, where shares are bent as well. The bend is written over; it is times the shares already."
-    wanted, wanted_itself = _wanted(gradient, v, values, mixed, bend.sum(-1, keepdim=True) + bend_itself)
-    asked, asked_itself = bend.addcmul_(seen, wanted), torch.addcmul(bend_itself, itself, wanted_itself)
-    return (asked @ keys).addcmul_(asked_itself, k), asked_itself * q, itself * gradient, asked
+# %% ../nbs/04_twice.ipynb #ab5b5ce2
+def _wanted(gradient: Tensor, v: Tensor, values: Tensor, mixed: Tensor, owed: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    "What a gradient wants of the observed values and of the candidate's own over what it gets, gamma - m; and over what is `owed`."
+    gets = (gradient * mixed).sum(-1, keepdim=True) + owed
+    return (gradient @ values.transpose(-2, -1)).sub_(gets), (gradient * v).sum(-1, keepdim=True) - gets
 
 class _PullAttended(torch.autograd.Function):
     @staticmethod
@@ -205,6 +181,33 @@ class _PullAttended(torch.autograd.Function):
         bend, bend_itself = moved.mul_(asked), asked_itself * moved_itself + itself * (gradient * w_v).sum(-1, keepdim=True)
         if w_seen is not None: bend.addcmul_(seen, w_seen)
         return push, asked_itself * w_k, asked_itself * w_q, share_itself * gradient, to_keys, to_values, bend, bend_itself, None
+
+# %% ../nbs/04_twice.ipynb #fb0e2bbc
+class _Attended(torch.autograd.Function):
+    "q is scaled already."
+    @staticmethod
+    @in_their_format
+    def forward(ctx, q, k, v, keys, values, hidden):
+        seen, itself = _softmax(q, k, keys, hidden)
+        mixed = (seen @ values).addcmul_(itself, v)
+        ctx.save_for_backward(q, k, v, keys, values, seen, itself, mixed)
+        ctx.set_materialize_grads(False)
+        return mixed, seen, itself
+
+    @staticmethod
+    def backward(ctx, gradient, bend, bend_itself):
+        q, k, v, keys, values, seen, itself, mixed = ctx.saved_tensors
+        gradient = torch.zeros_like(mixed) if gradient is None else gradient.contiguous()
+        if bend is None: to_q, to_k, to_v, asked, seen = _PullAttended.apply(gradient, q, k, v, keys, values, seen, itself, mixed.detach())
+        else: to_q, to_k, to_v, asked = _pull_bent(gradient, bend, bend_itself, q, k, v, keys, values, seen, itself, mixed)
+        return to_q, to_k, to_v, asked.transpose(-2, -1) @ q if ctx.needs_input_grad[3] else None, seen.transpose(-2, -1) @ gradient if ctx.needs_input_grad[4] else None, None
+
+@in_their_format
+def _pull_bent(gradient: Tensor, bend: Tensor, bend_itself: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, itself: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "What `_PullAttended` gives, where shares are bent as well. The bend is written over; it is times the shares already."
+    wanted, wanted_itself = _wanted(gradient, v, values, mixed, bend.sum(-1, keepdim=True) + bend_itself)
+    asked, asked_itself = bend.addcmul_(seen, wanted), torch.addcmul(bend_itself, itself, wanted_itself)
+    return (asked @ keys).addcmul_(asked_itself, k), asked_itself * q, itself * gradient, asked
 
 # %% ../nbs/04_twice.ipynb #1e5698bd
 def attended(q: Float[Tensor, "batch heads cand head"], k: Float[Tensor, "batch heads cand head"], v: Float[Tensor, "batch heads cand head"],

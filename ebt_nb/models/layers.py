@@ -75,7 +75,7 @@ class SwiGLU(nn.Module):
         opened, pull = gated(linear(x, self.gate_up.weight))
         return linear(opened, self.down.weight), lambda gradient: pull_linear(pull(pull_linear(gradient, self.down.weight)), self.gate_up.weight)
 
-# %% ../../nbs/10_layers.ipynb #49f56c73
+# %% ../../nbs/10_layers.ipynb #9ee6c4d1
 class KeyValue(NamedTuple):
     "What one layer keeps of tokens: rotated keys, and values."
     keys: Float[Tensor, "batch heads seq head"]
@@ -86,6 +86,7 @@ class Place(NamedTuple):
     rows: Int[Tensor, "batch"]
     ends: Int[Tensor, "batch"]
 
+# %% ../../nbs/10_layers.ipynb #d87b987d
 def _turn_into(out: Tensor, x: Tensor, angles: Tensor, back: bool = False) -> None:
     "out = x turned by angles, or back by them; in one pass where their precision is the same."
     if traced(): out.copy_(rotate(x, angles, back))
@@ -120,6 +121,7 @@ class _FromHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient): return None, *_ToHeads.apply(gradient, *ctx.settings)
 
+# %% ../../nbs/10_layers.ipynb #e9c3d2a8
 def attend_causally(q: Float[Tensor, "batch heads seq head"], k: Float[Tensor, "batch heads seq head"], v: Float[Tensor, "batch heads seq head"]) -> Float[Tensor, "batch heads seq head"]:
     "Causal attention: torch's, or on a processor, where rows are short enough for that to be slower, written out."
     seq, short = q.shape[2], 1024 if q.dtype is torch.bfloat16 else 512
@@ -127,6 +129,7 @@ def attend_causally(q: Float[Tensor, "batch heads seq head"], k: Float[Tensor, "
     later = torch.full((seq, seq), -torch.inf, dtype=q.dtype).triu_(1)
     with torch.autocast("cpu", enabled=False): return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).add_(later).softmax(-1) @ v
 
+# %% ../../nbs/10_layers.ipynb #7fb9cbcf
 class Attention(nn.Module):
     "Multi-head attention without biases, over observed tokens (`observed`) and of candidates on them (`candidate`)."
     def __init__(self, width: int, heads: int):
