@@ -123,7 +123,7 @@ class GivenNumbers(Keys):
         return self
     def __init__(self, *args): pass
     def at(self, purpose, step=0): return GivenNumbers(self.file, purpose, step)
-    def normal(self, width, dtype=None): return {"start": lambda: self.file["in/y0"], "langevin": lambda: self.file["in/noise"][self.step]}[self.purpose]()
+    def normal(self, width, dtype=None, std=1.0): return {"start": lambda: self.file["in/y0"], "langevin": lambda: self.file["in/noise"][self.step]}[self.purpose]() * std
     def uniform(self, width=1, dtype=None): return {"step size": lambda: self.file["in/step_size_uniform"]}[self.purpose]()
 
 
