@@ -41,7 +41,7 @@ class Outcome:
     trace: Trace | None = None
     contrastive: Float[Tensor, ""] | None = None
 
-# %% ../../nbs/40_objectives.ipynb #124658ad
+# %% ../../nbs/40_objectives.ipynb #87d8a7fa
 class Entered(NamedTuple):
     "A `State`, and its value once more in the format of products."
     value: Float[Tensor, "batch seq vocab"]
@@ -70,13 +70,15 @@ class Scorer:
         "As the space does, when what came before is settled."
         if self.detached: self.settle()
         if not self.reuse: return self.space.enter(candidate, noise)
-        if noise is not None: candidate, self.ours = candidate.add_(noise) if self.ours else candidate + noise, True
+        if noise is not None: candidate, self.ours = candidate.add_(noise) if self.ours else (candidate + noise).contiguous(), True
         if self.space.rule != "probabilities": return State(candidate)
-        value = candidate if self.ours else torch.empty_like(candidate)
+        value = candidate if self.ours else torch.empty_like(candidate, memory_format=torch.contiguous_format)
         format = product_format(value)
         share = value if format == value.dtype else torch.empty_like(value, dtype=format)
-        rows, into, shares = (t.flatten(0, -2) for t in (candidate, value, share))
-        for few in chunks(*rows.shape, rows, 2**19 if rows.is_cpu and not traced() else None): into[few] = shares[few] = rows[few].softmax(-1)      # written in both formats while a processor's cache holds them
+        rows, (into, shares) = candidate.flatten(0, -2), (t.view(-1, t.shape[-1]) for t in (value, share))
+        for few in chunks(*rows.shape, rows, 2**19 if rows.is_cpu and not traced() else None):
+            into[few] = made = rows[few].softmax(-1)
+            if share is not value: shares[few] = made                    # while a processor's cache holds it
         return Entered(value, share=share)
 
     def embed(self, state: State) -> Float[Tensor, "batch seq width"]:
