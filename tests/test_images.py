@@ -23,6 +23,7 @@ from ebt_nb.data import images
 from ebt_nb.data.image_serving import ImageData, keep_latents, latents_folder
 from ebt_nb.data.images import find_images, normalised, opened, pixels_of, prepare_images, read_info, square
 from ebt_nb.data.text import ASSETS, DataError
+from ebt_nb.jobs.notebook_jobs import run_notebook
 from together import Recorder, check_killed_one_is_replaced, shown_to
 
 EMOJI = np.load(ASSETS / "images/emoji32.npz")["images"]
@@ -292,6 +293,20 @@ def test_a_hub_set_downloaded_earlier_and_without_it(tmp_path, offline, capfd):
     with pytest.raises(DataError, match="cannot be reached"): opened_data(configured(tmp_path, source="owner/name", image_size=16))      # that was never prepared
     for name in ("imagenet-1k", "coco-tiny", "coco-medium", "some/other"):
         with pytest.raises(DataError, match=f"'{name}' is not on this machine.*data.source=fashion_mnist or emoji"): opened_data(configured(tmp_path, source=name))
+
+
+def test_who_looks_sees_what_is_wrong_with_a_set(tmp_path):
+    "The experiment inspect_images: held-out pictures that are in training, as they are or mirrored, and files that cannot be read."
+    for split, numbers in (("train", range(0, 600, 10)), ("validation", range(5, 300, 30)), ("test", [7, 17])): write_folder(tmp_path / "pets" / split, numbers)
+    (tmp_path / "pets/validation/one/copy.png").write_bytes(file_of(EMOJI[40]))
+    (tmp_path / "pets/validation/two/turned.png").write_bytes(file_of(EMOJI[50][:, ::-1].copy()))
+    (tmp_path / "pets/train/one/broken.png").write_text("no picture")
+    folder = run_notebook("inspect_images", "image/quickstart", {"data.source": str(tmp_path / "pets"), "data.cache_dir": str(tmp_path / "cache"), "data.channels": 3, "data.image_size": 32, "data.batch_size": 8, "batches": 6}, tmp_path / "looked")
+    found = json.loads((folder / "facts.json").read_text())
+    assert found["rows"] == {"train": 60, "validation": 12, "test": 2} and found["unreadable"] == 1 and found["classes"] == 2
+    assert found["held_out_in_training"] == 2 and found["held_out_compared"] == 12 and found["repeated"] == 0 and abs(found["neighbours"]) < 0.5
+    beaten = found["psnr_of_noisy"]
+    assert beaten["level 0.05"] > beaten["level 0.1"] > beaten["level 0.2"] > 5
 
 
 # ---- bad input

@@ -217,7 +217,7 @@ def execute(job: Job) -> None:
             if isinstance(error, OSError): raise NotebookFailed(f"{job.folder}: the report cannot be written ({error.strerror}); free some space") from None
             raise NotebookFailed(f"the notebook's process ended ({error}); often the memory was used up") from None
 
-# %% ../../nbs/70_notebook_jobs.ipynb #0070d473
+# %% ../../nbs/70_notebook_jobs.ipynb #453fa253
 def run_notebook(notebook: str | Path, preset: str | None = None, settings: list[str] | dict[str, Any] = (), runs_dir: Path | str | None = None, folder: Path | str | None = None) -> Path:
     """Run an experiment notebook as a job; returns its folder: a new one, or `folder`, which may have been made for it or hold what it left when it was stopped.
 
@@ -249,7 +249,9 @@ def run_notebook(notebook: str | Path, preset: str | None = None, settings: list
 
 def take_folder(job: Job, about: dict[str, Any]) -> None:
     "Make a job's folder, or take the one there. Raises RunError for the folder of another notebook, or one where this is done or still at work."
-    if not (job.folder / "status.json").is_file(): return new_folder(job.folder, {"status.json": status_text("running", **about)})
+    if not (job.folder / "status.json").is_file():
+        new_folder(job.folder, {"status.json": status_text("running", **about)})
+        return
     there = read_status(job.folder)
     if there.get("notebook") != about["notebook"]: raise RunError(f"{job.folder}: is the folder of {there.get('notebook', 'a run')}, not of {about['notebook']}; give another --folder")
     if there["status"] == "done": raise RunError(f"{job.folder}: {about['notebook']} is done there, and nothing is overwritten; give another --folder")

@@ -53,7 +53,7 @@ class Watch(pl.callbacks.Checkpoint):
         if there or trainer.global_step % self.interval == 0 or trainer.global_step in (1, trainer.max_steps): self.say(f"update {trainer.global_step:4}  loss {mean:.4f}  gradient {found['train/gradient_norm']:.3g}  lr {trainer.optimizers[0].param_groups[0]['lr']:.2g}")
         if there: trainer.should_stop = True
 
-# %% ../../nbs/46_overfit.ipynb #a2c0f237
+# %% ../../nbs/46_overfit.ipynb #14e9337b
 @dataclass
 class Overfitted:
     "What came of it: a row of figures for each update (`loss`: that of the last thinking step, over the newest pass), the update that reached `target` (None: none did), and the trained module."
@@ -70,7 +70,7 @@ class Overfitted:
         "In a sentence."
         knows_nothing, loss = f"{self.knows_nothing:.3g}", self.rows[-1]["loss"]
         if self.reached: return f"learned by heart: loss {loss:.4f} at update {self.reached} ({self.seconds:.0f} s); knowing nothing is {knows_nothing}"
-        return f"NOT learned by heart: loss {loss:.4f} after {len(self.rows)} updates, wanted {self.target:g}; knowing nothing is {knows_nothing}. Try more updates, another optim.peak_lr, or less thinking.noise; if nothing helps, look at the data (experiments/inspect_data)"
+        return f"NOT learned by heart: loss {loss:.4f} after {len(self.rows)} updates, wanted {self.target:g}; knowing nothing is {knows_nothing}. Try more updates, another optim.peak_lr, or less thinking.noise; if nothing helps, look at the data (experiments/{'inspect_images' if self.module.unit == 'images' else 'inspect_data'})"
 
 def overfit(config: RunConfig, batches: int = 1, interval: int = 10, updates: int = 1000, target: float | None = None, say: Callable[[str], None] = print) -> Overfitted:
     """Train on the run's first `batches` batches only, until the loss is `target` (by default what the module calls known by heart: 0.1 nats per token of text) or `updates` have been made; writes nothing.
