@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHANGEABLE', 'at_rest', 'Prediction', 'predict', 'predict_plainly', 'chosen', 'likely', 'draw_token', 'first_seen',
            'Token', 'Completion', 'certain', 'note', 'show', 'new_completions', 'check_tokens', 'fixed_shapes',
-           'predict_in_graph', 'Generator', 'padded', 'with_settings', 'load_for_use', 'load_generator', 'generate']
+           'predict_in_graph', 'Observed', 'padded', 'Predictor', 'Generator', 'with_settings', 'load_for_use',
+           'load_generator', 'generate']
 
 # %% ../../nbs/50_generate.ipynb #5a3974db
 from collections import Counter
@@ -195,19 +196,71 @@ def predict_in_graph(graphs: Graphs, module: LanguageModule, context: Context, l
     with torch.no_grad(): found = graphs(step, [m for m in (module.model, module.descent) if m is not None], layers, lengths, newest, keys.first, keys.second, about=(judged, module.config.thinking.model_dump_json()))
     return Prediction(*found)
 
-# %% ../../nbs/50_generate.ipynb #b68a3920
+# %% ../../nbs/50_generate.ipynb #ea6416e8
+class Observed(NamedTuple):
+    "What was observed of texts that go on, and where in each of them the model began to see."
+    context: Context
+    starts: list[int]
+
+def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch seq"]:
+    "Rows of different lengths as one tensor, with zeros behind."
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+
+class Predictor:
+    """Says what comes next in texts, from a context that grows with them.
+
+    `cached=False` computes every position anew for every token, `through_both` with gradients through both streams (`predict_plainly`): for comparison only.
+    """
+    def __init__(self, module: LanguageModule, inference: Inference, cached: bool = True, through_both: bool = False):
+        self.module, self.inference, self.cached, self.through_both = module, inference, cached, through_both
+        self.context, self.weights = module.config.data.context, list(module.parameters())
+        self.copies: Copies | None = {} if cached and inference.packed else None
+        self.graphs = fixed_shapes(module, inference) if cached else None
+
+    def __call__(self, texts: list[list[int]], places: Keys, here: Keys, observed: Observed | None = None) -> tuple[Prediction, Observed | None]:
+        "The next token of each text, by the keys of its positions and (`here`) of its newest one; and what is observed now. What was `observed` before lacks the newest tokens."
+        device = places.first.device
+        starts = [first_seen(len(text), self.context) for text in texts]
+        lengths = torch.tensor([len(text) - start for text, start in zip(texts, starts)], device=device)
+        with at_rest(self.module, self.weights), packed(self.copies):
+            if not self.cached: return self.plainly(texts, starts, lengths, places), None
+            newest = torch.tensor([text[-1] for text in texts], device=device)
+            if observed is None or starts != observed.starts: observed = Observed(self.observe(texts, starts, lengths), starts)
+            elif self.graphs: return predict_in_graph(self.graphs, self.module, observed.context, lengths - 1, newest, here, self.inference.energies), observed
+            else: self.module.model.extend(observed.context, newest)
+            return predict(self.module, observed.context, here, self.inference.energies), observed
+
+    @property
+    def judged(self) -> bool:
+        "Whether final energies are known."
+        policy = self.module.config.thinking
+        return isinstance(self.module, EnergyLanguageModule) and (self.inference.energies or policy.samples > 1)
+
+    @torch.no_grad()
+    def observe(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"]) -> Context:
+        "The context of what is seen of texts, with room for what may come."
+        seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
+        room = self.context - seen.shape[1]
+        return self.module.model.observe(seen, lengths, room if self.graphs else min(room, self.inference.max_new_tokens))
+
+    def plainly(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"], places: Keys) -> Prediction:
+        "The prediction without a cache."
+        seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
+        at = (torch.tensor(starts, device=lengths.device)[:, None] + torch.arange(seen.shape[1], device=lengths.device)).clamp(max=places.first.shape[1] - 1)
+        return predict_plainly(self.module, seen, lengths, Keys(places.first.gather(1, at), places.second.gather(1, at)), self.inference.energies, self.through_both)
+
+# %% ../../nbs/50_generate.ipynb #750ddfc3
 class Generator:
     """Draws text from a module under the `inference` section (that of its configuration by default).
 
-    `seed` (by default the run's) and a prompt's number name the random numbers. `cached=False` computes every position anew for every token, `through_both` with gradients through both streams (`predict_plainly`): for comparison only.
+    `seed` (by default the run's) and a prompt's number name the random numbers; `cached` and `through_both` are its `Predictor`'s.
     """
     def __init__(self, module: LanguageModule, tokenizer: TextTokenizer | None = None, inference: Inference | None = None, seed: int | None = None, cached: bool = True, through_both: bool = False):
-        self.module, self.tokenizer, self.inference, self.cached, self.through_both = module, tokenizer, inference or module.config.inference, cached, through_both
+        self.module, self.tokenizer, self.inference = module, tokenizer, inference or module.config.inference
         self.seed = module.config.run.seed if seed is None else seed
         self.context, self.vocabulary = module.config.data.context, module.config.model.vocab_size
-        self.weights = list(module.parameters())
-        self.copies: Copies | None = {} if cached and self.inference.packed else None
-        self.graphs = fixed_shapes(module, self.inference) if cached else None
+        self.predictor = Predictor(module, self.inference, cached, through_both)
         self.ends = {tokenizer.end_of_text} if tokenizer is not None and self.inference.stop_at_end else set()
 
     def begin(self, prompts: Sequence[str | Sequence[int]], numbers: Sequence[int] | None = None) -> list[Completion]:
@@ -234,56 +287,24 @@ class Generator:
         device = next(self.module.parameters()).device
         last = max(len(row.prompt) for row in rows) + self.inference.max_new_tokens
         places = Keys.of(self.seed, torch.tensor([row.number for row in rows], device=device), torch.arange(last, device=device))
-        going, context, begins = list(range(len(rows))), None, None
+        going, observed = list(range(len(rows))), None
         while going:
             texts = [rows[i].prompt + rows[i].tokens for i in going]
-            starts = [first_seen(len(text), self.context) for text in texts]
-            lengths = torch.tensor([len(text) - start for text, start in zip(texts, starts)], device=device)
-            at = torch.tensor(going, device=device)[:, None], torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
-            here = Keys(places.first[at], places.second[at])
-            with at_rest(self.module, self.weights), packed(self.copies):
-                if not self.cached: prediction = self.plainly(texts, starts, lengths, places, going)
-                else:
-                    anew, newest = context is None or starts != begins, torch.tensor([text[-1] for text in texts], device=device)
-                    if anew: context, begins = self.observe(texts, starts, lengths), starts
-                    if not anew and self.graphs: prediction = predict_in_graph(self.graphs, self.module, context, lengths - 1, newest, here, self.inference.energies)
-                    else:
-                        if not anew: self.module.model.extend(context, newest)
-                        prediction = predict(self.module, context, here, self.inference.energies)
+            at = torch.tensor([[len(text) - 1] for text in texts], device=device)
+            here = Keys(places.first.gather(1, at), places.second.gather(1, at))
+            prediction, observed = self.predictor(texts, places, here, observed)
             drawn = draw_token(prediction.logits, self.inference, here)
             log_probabilities = prediction.logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
-            columns = [c.tolist() if c is not None else [None] * len(going) for c in (drawn, log_probabilities, prediction.energies if self.judged else None, prediction.steps)]
+            columns = [c.tolist() if c is not None else [None] * len(going) for c in (drawn, log_probabilities, prediction.energies if self.predictor.judged else None, prediction.steps)]
             for i, *values in zip(going, *columns):
                 if rows[i].finish is None: yield note(i, rows[i], tuple(values), self.tokenizer, self.inference, self.ends)
             left = [k for k, i in enumerate(going) if rows[i].finish is None]
-            if left and self.graphs: continue                              # in the same shapes: what is finished is thought about in vain
-            if context is not None and 0 < len(left) < len(going): context, begins = context.select(torch.tensor(left, device=device)), [begins[k] for k in left]
+            if left and self.predictor.graphs: continue                    # in the same shapes: what is finished is thought about in vain
+            if 0 < len(left) < len(going):
+                few = torch.tensor(left, device=device)
+                places = Keys(places.first[few], places.second[few])
+                if observed is not None: observed = Observed(observed.context.select(few), [observed.starts[k] for k in left])
             going = [going[k] for k in left]
-
-    @property
-    def judged(self) -> bool:
-        "Whether final energies are known."
-        policy = self.module.config.thinking
-        return isinstance(self.module, EnergyLanguageModule) and (self.inference.energies or policy.samples > 1)
-
-    @torch.no_grad()
-    def observe(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"]) -> Context:
-        "The context of what is seen of texts, with room for what may come."
-        seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
-        room = self.context - seen.shape[1]
-        return self.module.model.observe(seen, lengths, room if self.graphs else min(room, self.inference.max_new_tokens))
-
-    def plainly(self, texts: list[list[int]], starts: list[int], lengths: Int[Tensor, "batch"], places: Keys, rows: list[int]) -> Prediction:
-        "The prediction without a cache."
-        seen = padded([text[start:] for text, start in zip(texts, starts)], lengths.device)
-        positions = (torch.tensor(starts, device=lengths.device)[:, None] + torch.arange(seen.shape[1], device=lengths.device)).clamp(max=places.first.shape[1] - 1)
-        at = torch.tensor(rows, device=lengths.device)[:, None], positions
-        return predict_plainly(self.module, seen, lengths, Keys(places.first[at], places.second[at]), self.inference.energies, self.through_both)
-
-def padded(rows: list[list[int]], device: torch.device) -> Int[Tensor, "batch seq"]:
-    "Rows of different lengths as one tensor, with zeros behind."
-    longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
 # %% ../../nbs/50_generate.ipynb #25aad8a4
 CHANGEABLE = ("run.seed", "trainer.threads", "trainer.fast_products", *(f"thinking.{name}" for name in (

@@ -80,12 +80,12 @@ def check_finite(step: int, landscape: int, energies: Float[Tensor, "*scored"], 
     raise DivergenceError(f"thinking step {step} (landscape {landscape}): {name} is not finite for {len(places)} of {bad.numel()} candidates ({ranges}). Usual causes: thinking.step_size "
                           f"or optim.peak_lr too large (try a tenth), no thinking.clamp with several steps that are not detached, optim.warmup_steps too few, or 16-bit precision overflowing")
 
-# %% ../../nbs/21_descent.ipynb #090e6b43
+# %% ../../nbs/21_descent.ipynb #a8f9f38e
 def largest_curvature(energy: Energy, space: Space, state: State, landscape: int, iterations: int = 3) -> Float[Tensor, "*scored"]:
     "Size of the energy's largest second derivative along a direction of the candidate, by power iteration from the gradient's direction; from below, and a constant."
     with torch.enable_grad():
         value = state.value.detach().requires_grad_()
-        energies = energy(space.embed(state._replace(value=value)), landscape)
+        energies = energy(space.embed(state._replace(value=value, rounded=None)), landscape)
         gradient, = torch.autograd.grad(energies.sum(), value, create_graph=True)
         axes = tuple(range(energies.ndim, value.ndim))
         def norm(vectors): return vectors.square().sum(axes, keepdim=True).sqrt()

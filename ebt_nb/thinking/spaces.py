@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..products import linear, pull_linear
 from ..noise import Keys
 
-# %% ../../nbs/20_spaces.ipynb #7f5fdb29
+# %% ../../nbs/20_spaces.ipynb #59de632b
 class State(NamedTuple):
-    "What one step works on: the value that moves, and what is added to its embedding for this step only."
+    "What one step works on: the value that moves, what is added to its embedding for this step only, and the value once more in the format of products, where somebody has rounded it already."
     value: Float[Tensor, "*batch size"]
     offset: Float[Tensor, "*batch width"] | float = 0.0
+    rounded: Float[Tensor, "*batch size"] | None = None
 
 @runtime_checkable
 class Space(Protocol):
