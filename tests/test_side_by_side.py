@@ -11,7 +11,8 @@ from ebt_nb.runs import Run, is_run
 from ebt_nb.training.fit import fit
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)          # where the tests are a shell's background job, it is ignored
 from ebt_nb.config import load_config
 from ebt_nb.jobs.side_by_side import fit_many
 from pathlib import Path
