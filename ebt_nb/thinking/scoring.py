@@ -224,7 +224,7 @@ def score_next(hidden: Float[Tensor, "*batch width"], table: Float[Tensor, "voca
     loss, nats = _Score.apply(hidden.flatten(0, -2), table, targets.flatten(), weights.flatten(), smoothing)
     return loss, nats.view(targets.shape)
 
-# %% ../../nbs/24_scoring.ipynb #91878091
+# %% ../../nbs/24_scoring.ipynb #fda1a0c9
 class _Embed(torch.autograd.Function):
     "The average row of the table, whose gradient is added to `into`."
     @staticmethod
@@ -242,7 +242,7 @@ class _Embed(torch.autograd.Function):
         if ctx.needs_input_grad[1]: accumulate(ctx.into.sum, share, gradient)
         return (gradient @ table_in(table, gradient.dtype, ctx.into).T).to(table.dtype) if ctx.needs_input_grad[0] else None, None, None
 
-def embed_into(space: TokenSpace, state: State, into: TableSum, share: Float[Tensor, "*batch vocab"] | None = None) -> Float[Tensor, "*batch width"]:
-    "`space.embed`, whose gradient with respect to the table is added to `into` instead of being returned by autograd. `share` is what is embedded, if it is there already in the format of products."
-    if share is None: share = state.value.softmax(-1) if space.rule == "logits" else state.value
+def embed_into(space: TokenSpace, state: State, into: TableSum) -> Float[Tensor, "*batch width"]:
+    "`space.embed`, whose gradient with respect to the table is added to `into` instead of being returned by autograd."
+    share = state.value.softmax(-1) if space.rule == "logits" else state.value if state.rounded is None else state.rounded
     return _Embed.apply(share.flatten(0, -2), space.table, into).unflatten(0, share.shape[:-1])

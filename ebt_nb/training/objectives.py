@@ -41,7 +41,7 @@ class Outcome:
     trace: Trace | None = None
     contrastive: Float[Tensor, ""] | None = None
 
-# %% ../../nbs/40_objectives.ipynb #8ab99641
+# %% ../../nbs/40_objectives.ipynb #9156885d
 class Scorer:
     """A token space whose moves are scored as they are made. Before a detached step begins, and when all is over (`settle`), what is owed is handed to `differentiate`.
 
@@ -78,7 +78,7 @@ class Scorer:
     def embed(self, state: State) -> Float[Tensor, "batch seq width"]:
         "As the space does; the table's gradient is added to the sum, unless it is the candidate by which somebody differentiates (`largest_curvature`)."
         if self.table_sum is None or (state.value.requires_grad and state.value.is_leaf): return self.space.embed(state)
-        return embed_into(self.space, state, self.table_sum, state.rounded)
+        return embed_into(self.space, state, self.table_sum)
 
     def move(self, state: State, force: Float[Tensor, "batch seq width"], step_size: Float[Tensor, "..."], bound: Float[Tensor, ""] | None = None,
              constant: bool = False) -> Float[Tensor, "batch seq vocab"]:
