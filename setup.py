@@ -1,4 +1,5 @@
 "Packaging: everything is said in settings.ini."
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -17,11 +18,16 @@ class BuildWithExperiments(build_py):
 
     def run(self):
         super().run()
-        if self.editable_mode: return
-        for folder, pattern in [(Path(settings["nbs_path"], "experiments"), "*.ipynb"), (Path("job_scripts", "slurm_headers"), "*.slurm")]:
+        if self.editable_mode:
+            return
+        for folder, pattern in [
+            (Path(settings["nbs_path"], "experiments"), "*.ipynb"),
+            (Path("job_scripts", "slurm_headers"), "*.slurm"),
+        ]:
             target = Path(self.build_lib, package, folder.name)
             target.mkdir(parents=True, exist_ok=True)
-            for file in sorted(folder.glob(pattern)): shutil.copyfile(file, target / file.name)
+            for file in sorted(folder.glob(pattern)):
+                shutil.copyfile(file, target / file.name)
 
 
 setup(
@@ -38,7 +44,11 @@ setup(
     packages=find_packages(include=[package, f"{package}.*"]),
     package_data={package: ["assets/**"]},
     install_requires=settings["requirements"].split(),
-    extras_require={key.removesuffix("_requirements"): value.split() for key, value in settings.items() if key.endswith("_requirements")},
+    extras_require={
+        key.removesuffix("_requirements"): value.split()
+        for key, value in settings.items()
+        if key.endswith("_requirements")
+    },
     entry_points={"console_scripts": settings["console_scripts"].split()},
     cmdclass={"build_py": BuildWithExperiments},
     zip_safe=False,

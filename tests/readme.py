@@ -1,7 +1,8 @@
 """Write README.md from nbs/index.ipynb. With --check, write nothing and exit with 1 if README.md is out of date.
 
-    python tests/readme.py [--check]
+python tests/readme.py [--check]
 """
+
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ def readme(notebook: Path) -> str:
     book = nbformat.read(notebook, as_version=4)
     book.cells = [cell for cell in book.cells if not re.match(r"#\|\s*hide\b", cell.source)]
     for cell in book.cells:
-        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
     text = nbconvert.MarkdownExporter().from_notebook_node(book)[0]
     text = re.sub(r"\]\((?!\w+:|#|/|\.\./)", "](nbs/", text).replace("](../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

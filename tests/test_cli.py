@@ -1,4 +1,5 @@
 "The installed `ebt` command, as a user meets it: exit codes, messages, what is left behind."
+
 import json
 import os
 import re
@@ -12,9 +13,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ebt_nb.cli import main
-from ebt_nb.config import PRESETS, SIZES, build_config, load_config
-from ebt_nb.runs import find_runs, read_status
+from ebt_nb.cli.main import main
+from ebt_nb.config.config import PRESETS, SIZES, build_config, load_config
+from ebt_nb.runs.folders import find_runs, read_status
 
 EBT = Path(sys.executable).with_name("ebt")
 PARAMETERS = 'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\ngreeting = "hello"\ntimes = 2'
@@ -22,18 +23,25 @@ PARAMETERS = 'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\ngreetin
 
 def ebt(*words, **options):
     "Run a command to its end: exit code, output, errors."
-    done = subprocess.run([EBT, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(
+        [EBT, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **options
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
 def notebook(tmp_path):
     "A function that makes a job notebook of the given cells."
+
     def make(*cells):
         first = nbformat.v4.new_code_cell(PARAMETERS, metadata=dict(tags=["parameters"]))
-        book = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+        book = nbformat.v4.new_notebook(
+            cells=[first, *map(nbformat.v4.new_code_cell, cells)],
+            metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+        )
         nbformat.write(book, tmp_path / "job.ipynb")
         return tmp_path / "job.ipynb"
+
     return make
 
 
@@ -43,6 +51,7 @@ def only_folder(runs):
 
 
 # Looking things up
+
 
 def test_presets_at_every_size(tmp_path):
     assert ebt("presets")[1].split("\n")[0].startswith("text/ebt_s1 ")
@@ -59,81 +68,135 @@ def test_a_reader_who_has_seen_enough_is_no_error():
 
 # Wrong input: one clear message, exit code 2, nothing made
 
-@pytest.mark.parametrize("words, message", [
-    (["--preset", "text/quikstart"], r"'text/quikstart': no such preset \(did you mean 'text/quickstart'\?\)"),
-    (["-p", "model.sise=xxs"], r"model.sise: no such key \(did you mean 'model.size'\?\)"),
-    (["-p", "greting=hi"], r"greting: job has no such parameter \(did you mean 'greeting'\?\)"),
-    (["-p", "max_steps=3"], r"max_steps: job has no such parameter \(did you mean 'trainer.max_steps'\?\)"),
-    (["-p", "trainer.max_steps=many"], r"trainer.max_steps: .*got 'many'"),
-    (["-p", "times=many"], r"times: takes int, such as 2; got 'many'"),
-    (["-p", "model.heads=7"], r"model.heads: width 128 cannot be cut into 7 heads"),
-    (["-p", "model.size=huge"], r"model.size: 'huge' is no size; choose from 4xs"),
-    (["-p", "greeting"], r"'greeting': an override reads key=value"),
-    (["-p", "run_dir=/tmp"], r"run_dir: set it with --runs-dir"),
-    (["-p", "data.source=missing.txt"], r"data.source: missing.txt: no such file"),
-    (["-p", "data.source={tmp}/empty.txt"], r"empty.txt: is empty"),
-    (["-p", "data.source={tmp}/binary.txt"], r"binary.txt: a binary file"),
-    (["--runs-dir", "{tmp}/job.ipynb/runs"], r"job.ipynb/runs/.*cannot make this folder \(Not a directory\)"),
-])
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--preset", "text/quikstart"], r"'text/quikstart': no such preset \(did you mean 'text/quickstart'\?\)"),
+        (["-p", "model.sise=xxs"], r"model.sise: no such key \(did you mean 'model.size'\?\)"),
+        (["-p", "greting=hi"], r"greting: job has no such parameter \(did you mean 'greeting'\?\)"),
+        (["-p", "max_steps=3"], r"max_steps: job has no such parameter \(did you mean 'trainer.max_steps'\?\)"),
+        (["-p", "trainer.max_steps=many"], r"trainer.max_steps: .*got 'many'"),
+        (["-p", "times=many"], r"times: takes int, such as 2; got 'many'"),
+        (["-p", "model.heads=7"], r"model.heads: width 128 cannot be cut into 7 heads"),
+        (["-p", "model.size=huge"], r"model.size: 'huge' is no size; choose from 4xs"),
+        (["-p", "greeting"], r"'greeting': an override reads key=value"),
+        (["-p", "run_dir=/tmp"], r"run_dir: set it with --runs-dir"),
+        (["-p", "data.source=missing.txt"], r"data.source: missing.txt: no such file"),
+        (["-p", "data.source={tmp}/empty.txt"], r"empty.txt: is empty"),
+        (["-p", "data.source={tmp}/binary.txt"], r"binary.txt: a binary file"),
+        (["--runs-dir", "{tmp}/job.ipynb/runs"], r"job.ipynb/runs/.*cannot make this folder \(Not a directory\)"),
+    ],
+)
 def test_wrong_input_stops_before_anything_is_made(tmp_path, notebook, monkeypatch, capsys, words, message):
     job = notebook("open('ran', 'w')")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(b"GIF89a\0\0\1")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code = main(["run", str(job), *(word.format(tmp=tmp_path) for word in words), "-p", f"data.cache_dir={tmp_path}/cache"])
+    code = main(
+        ["run", str(job), *(word.format(tmp=tmp_path) for word in words), "-p", f"data.cache_dir={tmp_path}/cache"]
+    )
     said = capsys.readouterr()
     assert code == 2 and said.out == "" and re.match(f"ebt: .*{message}", said.err), said.err
     assert len(said.err.strip().splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("words, message", [
-    (["run", "no_such_job"], "no_such_job: no such experiment"),
-    (["run", "no_such.ipynb"], "no_such.ipynb: no such notebook"),
-    (["train", "no_such.yaml"], "no_such.yaml: cannot read this configuration"),
-    (["train", "broken.yaml"], "model.widht: no such key.*did you mean 'model.width'"),
-    (["train", "--resume", "no_such_run"], "no_such_run: no such run below"),
-    (["runs", "show", "no_such_run"], "no_such_run: no such run below"),
-    (["runs", "--size"], "unrecognized arguments: --size"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["run", "no_such_job"], "no_such_job: no such experiment"),
+        (["run", "no_such.ipynb"], "no_such.ipynb: no such notebook"),
+        (["train", "no_such.yaml"], "no_such.yaml: cannot read this configuration"),
+        (["train", "broken.yaml"], "model.widht: no such key.*did you mean 'model.width'"),
+        (["train", "--resume", "no_such_run"], "no_such_run: no such run below"),
+        (["runs", "show", "no_such_run"], "no_such_run: no such run below"),
+        (["runs", "--size"], "unrecognized arguments: --size"),
+    ],
+)
 def test_other_commands_refuse_wrong_input(tmp_path, monkeypatch, capsys, words, message):
     (tmp_path / "broken.yaml").write_text("model: {widht: 3}")
     monkeypatch.chdir(tmp_path)
-    try: code = main(words)
-    except SystemExit as stop: code = stop.code
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
     said = capsys.readouterr()
-    assert code == 2 and said.out == "" and re.search(message, said.err) and [p.name for p in tmp_path.iterdir()] == ["broken.yaml"]
+    assert (
+        code == 2
+        and said.out == ""
+        and re.search(message, said.err)
+        and [p.name for p in tmp_path.iterdir()] == ["broken.yaml"]
+    )
 
 
 def test_wrong_input_to_the_installed_command(tmp_path):
-    assert ebt("train", "no_such.yaml", cwd=tmp_path) == (2, "", "ebt: no_such.yaml: cannot read this configuration (No such file or directory)\n")
+    assert ebt("train", "no_such.yaml", cwd=tmp_path) == (
+        2,
+        "",
+        "ebt: no_such.yaml: cannot read this configuration (No such file or directory)\n",
+    )
 
 
 # Jobs
 
+
 def test_a_job_leaves_its_report_and_says_where(tmp_path, notebook):
-    job = notebook("print(*[greeting] * times, overrides['model.size'])", "import os, pathlib\nassert os.getcwd() == run_dir", "n = pathlib.Path('summary.txt').write_text('model  loss')")
-    code, out, err = ebt("run", job, "--preset", "text/quickstart", "-p", "model.size=xxs", "-p", "greeting=bye", "--runs-dir", "runs", cwd=tmp_path)
+    job = notebook(
+        "print(*[greeting] * times, overrides['model.size'])",
+        "import os, pathlib\nassert os.getcwd() == run_dir",
+        "n = pathlib.Path('summary.txt').write_text('model  loss')",
+    )
+    code, out, err = ebt(
+        "run",
+        job,
+        "--preset",
+        "text/quickstart",
+        "-p",
+        "model.size=xxs",
+        "-p",
+        "greeting=bye",
+        "--runs-dir",
+        "runs",
+        cwd=tmp_path,
+    )
     folder = only_folder(tmp_path / "runs")
     assert (code, err) == (0, "") and folder.parent == tmp_path / "runs/text/quickstart"
     assert "bye bye xxs\n" in out and out.endswith(f"model  loss\n\nreport: {folder}/report.html\n")
-    assert sorted(p.name for p in folder.iterdir()) == ["console.log", "report.html", "report.ipynb", "status.json", "summary.txt"]
-    assert read_status(folder)["status"] == "done" and read_status(folder)["parameters"]["overrides"]["model.size"] == "xxs"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "console.log",
+        "report.html",
+        "report.ipynb",
+        "status.json",
+        "summary.txt",
+    ]
+    assert (
+        read_status(folder)["status"] == "done"
+        and read_status(folder)["parameters"]["overrides"]["model.size"] == "xxs"
+    )
 
 
 def test_what_a_cell_prints_is_seen_while_it_works(tmp_path, notebook):
-    job = notebook(f"import os, time\nprint('step 1')\nwhile not os.path.exists('{tmp_path}/seen'): time.sleep(0.05)\nprint('step 2')")
-    with subprocess.Popen([EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, text=True) as process:
+    job = notebook(
+        f"import os, time\nprint('step 1')\nwhile not os.path.exists('{tmp_path}/seen'): time.sleep(0.05)\nprint('step 2')"
+    )
+    with subprocess.Popen(
+        [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, text=True
+    ) as process:
         lines = iter(process.stdout.readline, "")
-        assert "step 1\n" in lines                       # the cell goes on only once its first line has arrived here
+        assert "step 1\n" in lines  # the cell goes on only once its first line has arrived here
         (tmp_path / "seen").touch()
         assert "step 2\n" in process.communicate()[0]
     assert process.returncode == 0
 
 
 def test_a_job_outlives_its_terminal(tmp_path, notebook):
-    job = notebook(f"import os, time\nprint('step 1')\nwhile not os.path.exists('{tmp_path}/gone'): time.sleep(0.05)\nprint('step 2')")
-    with subprocess.Popen([EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, text=True) as process:
+    job = notebook(
+        f"import os, time\nprint('step 1')\nwhile not os.path.exists('{tmp_path}/gone'): time.sleep(0.05)\nprint('step 2')"
+    )
+    with subprocess.Popen(
+        [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert "step 1\n" in iter(process.stdout.readline, "")
         process.stdout.close()
         (tmp_path / "gone").touch()
@@ -143,25 +206,47 @@ def test_a_job_outlives_its_terminal(tmp_path, notebook):
 
 
 def test_a_failing_cell(tmp_path, notebook, forker):
-    code, out, err = forker.run("run", notebook("print('so far so good')", "{}['missing']", "print('never')"), "--runs-dir", tmp_path / "runs")
+    code, out, err = forker.run(
+        "run", notebook("print('so far so good')", "{}['missing']", "print('never')"), "--runs-dir", tmp_path / "runs"
+    )
     folder = only_folder(tmp_path / "runs")
-    assert code == 1 and err == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\nOnce the cause is mended, go on with `ebt run {tmp_path}/job.ipynb --folder {folder}`\n"
+    assert (
+        code == 1
+        and err
+        == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\nOnce the cause is mended, go on with `ebt run {tmp_path}/job.ipynb --folder {folder}`\n"
+    )
     assert "so far so good" in out and "never" not in out and "KeyError" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "failed"
 
 
 def test_a_notebook_whose_process_dies(tmp_path, notebook, forker):
-    code, out, err = forker.run("run", notebook("print('so far so good', flush=True)", "import os\nos.kill(os.getpid(), 9)"), "--runs-dir", tmp_path / "runs")
+    code, out, err = forker.run(
+        "run",
+        notebook("print('so far so good', flush=True)", "import os\nos.kill(os.getpid(), 9)"),
+        "--runs-dir",
+        tmp_path / "runs",
+    )
     folder = only_folder(tmp_path / "runs")
     assert code == 1 and "job failed: the notebook's process ended" in err and "Traceback" not in err
     assert read_status(folder)["status"] == "failed" and "so far so good" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("number, notices", [(signal.SIGINT, "except KeyboardInterrupt: print('saved'); raise"), (signal.SIGTERM, "except KeyboardInterrupt: print('saved')")], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number, notices",
+    [
+        (signal.SIGINT, "except KeyboardInterrupt: print('saved'); raise"),
+        (signal.SIGTERM, "except KeyboardInterrupt: print('saved')"),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
 def test_interrupted(tmp_path, notebook, number, notices):
     listen = "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)"
-    job = notebook(listen, f"import time\nprint('training')\ntry:\n    while True: time.sleep(0.05)\n{notices}", "print('never')")
-    with subprocess.Popen([EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    job = notebook(
+        listen, f"import time\nprint('training')\ntry:\n    while True: time.sleep(0.05)\n{notices}", "print('never')"
+    )
+    with subprocess.Popen(
+        [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert "training\n" in iter(process.stdout.readline, "")
         process.send_signal(number)
         out, err = process.communicate()
@@ -172,8 +257,12 @@ def test_interrupted(tmp_path, notebook, number, notices):
 
 
 def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, notebook):
-    job = notebook("import signal, time\nheard = signal.signal(signal.SIGINT, lambda *_: print('not now'))\nprint('training')\nwhile True: time.sleep(0.05)")
-    with subprocess.Popen([EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    job = notebook(
+        "import signal, time\nheard = signal.signal(signal.SIGINT, lambda *_: print('not now'))\nprint('training')\nwhile True: time.sleep(0.05)"
+    )
+    with subprocess.Popen(
+        [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         lines = iter(process.stdout.readline, "")
         assert "training\n" in lines
         for _ in range(2):
@@ -181,15 +270,32 @@ def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, noteb
             assert "not now\n" in lines
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
-    assert process.returncode == 130 and re.search(r"ebt: job: interrupted; go on with .*\n$", err) and "Traceback" not in err
+    assert (
+        process.returncode == 130
+        and re.search(r"ebt: job: interrupted; go on with .*\n$", err)
+        and "Traceback" not in err
+    )
     assert read_status(only_folder(tmp_path / "runs"))["status"] == "interrupted"
 
 
 # Training from a file
 
+
 def test_train_list_and_resume(tmp_path, forker):
-    tiny = {"model.width": 32, "model.heads": 2, "data.context": 16, "data.batch_size": 4, "data.max_documents": 50, "data.cache_dir": str(tmp_path / "cache"), "trainer.val_batches": 1, "trainer.threads": 1}
-    for name, steps in [("short", 2), ("longer", 4)]: (tmp_path / f"{name}.yaml").write_text(build_config("text/quickstart", tiny | {"trainer.max_steps": steps}).to_yaml())
+    tiny = {
+        "model.width": 32,
+        "model.heads": 2,
+        "data.context": 16,
+        "data.batch_size": 4,
+        "data.max_documents": 50,
+        "data.cache_dir": str(tmp_path / "cache"),
+        "trainer.val_batches": 1,
+        "trainer.threads": 1,
+    }
+    for name, steps in [("short", 2), ("longer", 4)]:
+        (tmp_path / f"{name}.yaml").write_text(
+            build_config("text/quickstart", tiny | {"trainer.max_steps": steps}).to_yaml()
+        )
     code, out, err = ebt("train", "short.yaml", cwd=tmp_path)
     assert code == 0 and "step 2/2" in out, err
     code, out, err = forker.run("train", "longer.yaml", "--resume", "text/quickstart", cwd=tmp_path)
@@ -202,19 +308,34 @@ def test_train_list_and_resume(tmp_path, forker):
 
 # JupyterLab
 
+
 def test_lab_serves_the_notebooks(tmp_path):
-    environment = os.environ | dict(JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime"), JUPYTER_CONFIG_DIR=str(tmp_path / "config"))
-    words = ["lab", "--no-browser", "--ip", "127.0.0.1", "--port", "0", "--IdentityProvider.token=secret"] + ["--allow-root"] * (os.geteuid() == 0)
-    with subprocess.Popen([EBT, *words], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    environment = os.environ | dict(
+        JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime"), JUPYTER_CONFIG_DIR=str(tmp_path / "config")
+    )
+    words = ["lab", "--no-browser", "--ip", "127.0.0.1", "--port", "0", "--IdentityProvider.token=secret"] + [
+        "--allow-root"
+    ] * (os.geteuid() == 0)
+    with subprocess.Popen(
+        [EBT, *words], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
         try:
-            file = tmp_path / f"runtime/jpserver-{server.pid}.json"        # `ebt lab` becomes the server, so it has its pid
+            file = tmp_path / f"runtime/jpserver-{server.pid}.json"  # `ebt lab` becomes the server, so it has its pid
             for _ in range(600):
-                if file.is_file() and file.read_text().strip().endswith("}"): break
+                if file.is_file() and file.read_text().strip().endswith("}"):
+                    break
                 assert server.poll() is None
                 time.sleep(0.1)
             url = json.loads(file.read_text())["url"]
 
-            def get(path): return json.load(urllib.request.urlopen(urllib.request.Request(url + path, headers={"Authorization": "token secret"}), timeout=30))
+            def get(path):
+                return json.load(
+                    urllib.request.urlopen(
+                        urllib.request.Request(url + path, headers={"Authorization": "token secret"}), timeout=30
+                    )
+                )
+
             assert "kernels" in get("api/status")
-            assert "00_config.ipynb" in [entry["name"] for entry in get("api/contents")["content"]]
-        finally: server.terminate()
+            assert "config/00_config.ipynb" in [entry["name"] for entry in get("api/contents")["content"]]
+        finally:
+            server.terminate()

@@ -1,4 +1,5 @@
 "The job scripts, run with plain bash on a model that is small enough: they hand on what they are given, and leave a run."
+
 import os
 import subprocess
 import sys
@@ -6,47 +7,137 @@ from pathlib import Path
 
 import pytest
 
-from ebt_nb.runs import find_runs
-from ebt_nb.training.learner import read_checkpoint
+from ebt_nb.runs.folders import find_runs
+from ebt_nb.training.base import read_checkpoint
 
-SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "data.source": "austen", "data.streaming": False, "data.tokenizer": "austen_2k", "data.context": 16, "data.batch_size": 4, "data.max_documents": 1,
-         "trainer.max_steps": 1, "trainer.val_batches": 1, "trainer.threads": 1, "trainer.accelerator": "cpu", "tracking.wandb": "off"}
+SMALL = {
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 2,
+    "data.source": "austen",
+    "data.streaming": False,
+    "data.tokenizer": "austen_2k",
+    "data.context": 16,
+    "data.batch_size": 4,
+    "data.max_documents": 1,
+    "trainer.max_steps": 1,
+    "trainer.val_batches": 1,
+    "trainer.threads": 1,
+    "trainer.accelerator": "cpu",
+    "tracking.wandb": "off",
+}
 
 
-@pytest.mark.parametrize("script, preset, extra", [("ebt_s1", "text/ebt_s1", {}), ("ebt_s2", "text/ebt_s2", {"thinking.replay": 4}), ("baseline_transformer", "text/transformer", {}), ("ebt_s1_mn", "text/ebt_s1", {"GPUS": 2})])
+@pytest.mark.parametrize(
+    "script, preset, extra",
+    [
+        ("ebt_s1", "text/ebt_s1", {}),
+        ("ebt_s2", "text/ebt_s2", {"thinking.replay": 4}),
+        ("baseline_transformer", "text/transformer", {}),
+        ("ebt_s1_mn", "text/ebt_s1", {"GPUS": 2}),
+    ],
+)
 def test_pretraining(script, preset, extra, root, tmp_path):
-    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file(): pytest.skip("these tests do not run in the .venv that setup.sh made")
-    settings = SMALL | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"} | {k: v for k, v in extra.items() if "." in k}
+    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file():
+        pytest.skip("these tests do not run in the .venv that setup.sh made")
+    settings = (
+        SMALL
+        | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"}
+        | {k: v for k, v in extra.items() if "." in k}
+    )
     words = [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "MASTER": "localhost:0"} | {k: str(v) for k, v in extra.items() if "." not in k}
-    done = subprocess.run(["bash", root / f"job_scripts/nlp/pretrain/{script}.sh", *words], env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    environment = (
+        os.environ
+        | {"CUDA_VISIBLE_DEVICES": "", "MASTER": "localhost:0"}
+        | {k: str(v) for k, v in extra.items() if "." not in k}
+    )
+    done = subprocess.run(
+        ["bash", root / f"job_scripts/nlp/pretrain/{script}.sh", *words],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     [run] = find_runs(tmp_path / "runs")
     assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
-    if "GPUS" in extra: assert "x 2 processes" in done.stdout
+    if "GPUS" in extra:
+        assert "x 2 processes" in done.stdout
 
 
-PICTURES = {"model.layers": 1, "model.width": 16, "model.heads": 2, "data.source": "emoji", "data.image_size": 16, "data.batch_size": 4, "data.max_documents": 80, "model.patch": 4, "trainer.max_steps": 1, "trainer.val_batches": 1, "trainer.threads": 1,
-            "trainer.accelerator": "cpu", "tracking.wandb": "off"}
+PICTURES = {
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "data.source": "emoji",
+    "data.image_size": 16,
+    "data.batch_size": 4,
+    "data.max_documents": 80,
+    "model.patch": 4,
+    "trainer.max_steps": 1,
+    "trainer.val_batches": 1,
+    "trainer.threads": 1,
+    "trainer.accelerator": "cpu",
+    "tracking.wandb": "off",
+}
 
 
-@pytest.mark.parametrize("script, preset, extra", [("pretrain_denoising/ebt_s2", "image/denoise_ebt_s2", {"thinking.replay": 4}), ("pretrain_denoising/baseline_dit", "image/denoise_dit", {}), ("pretrain_t2i/ebt_s1", "image/t2i_ebt_s1", {"model.patch": 1})])
+@pytest.mark.parametrize(
+    "script, preset, extra",
+    [
+        ("pretrain_denoising/ebt_s2", "image/denoise_ebt_s2", {"thinking.replay": 4}),
+        ("pretrain_denoising/baseline_dit", "image/denoise_dit", {}),
+        ("pretrain_t2i/ebt_s1", "image/t2i_ebt_s1", {"model.patch": 1}),
+    ],
+)
 def test_pictures(script, preset, extra, root, tmp_path):
     "Trained by one script (what is encoded, before that), and used by another."
-    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file(): pytest.skip("these tests do not run in the .venv that setup.sh made")
+    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file():
+        pytest.skip("these tests do not run in the .venv that setup.sh made")
     settings = PICTURES | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"} | extra
     words = [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
+
     def bash(name, *words):
-        done = subprocess.run(["bash", root / f"job_scripts/img/{name}.sh", *map(str, words)], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ["bash", root / f"job_scripts/img/{name}.sh", *map(str, words)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
     said = bash(script, *words)
     [run] = find_runs(tmp_path / "runs")
     assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
     if preset == "image/t2i_ebt_s1":
-        assert "-encoded" in said and bash("inference/draw", f"{run.dir}:last", "--caption", "red apple", "--to", "apple.png").startswith("apple.png") and (tmp_path / "apple.png").stat().st_size > 100
+        assert (
+            "-encoded" in said
+            and bash("inference/draw", f"{run.dir}:last", "--caption", "red apple", "--to", "apple.png").startswith(
+                "apple.png"
+            )
+            and (tmp_path / "apple.png").stat().st_size > 100
+        )
         made_by = {name: about["name"] for name, about in read_checkpoint(run.checkpoint("last"))["encoders"].items()}
         assert made_by == {"images": "small_vae", "captions": "minilm"}
     else:
-        shown = bash("inference/denoise", f"{run.dir}:last", "--limit", 4, "--visualize", "drawn", "-p", "diffusion.sampling_steps=5")
-        assert "| 0.1 | 3 | 1 |" in shown and "| 0.2 | 10 | 1 |" in shown and {"pictures.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}
+        shown = bash(
+            "inference/denoise",
+            f"{run.dir}:last",
+            "--limit",
+            4,
+            "--visualize",
+            "drawn",
+            "-p",
+            "diffusion.sampling_steps=5",
+        )
+        assert (
+            "| 0.1 | 3 | 1 |" in shown
+            and "| 0.2 | 10 | 1 |" in shown
+            and {"pictures.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}
+        )

@@ -5,6 +5,7 @@
 DIR holds a manifest.json and the safetensors files it names, flat beside it. A tensor passes if the largest difference is at most the case's
 `rtol_of_max` times the fixture's largest entry. Cases of a modality that is not built yet are skipped by name.
 """
+
 import json
 from pathlib import Path
 
@@ -12,19 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ebt_nb.config import IGNORE, Objective, Thinking
+from ebt_nb.config.config import IGNORE, Objective, Thinking
 from ebt_nb.models.diffusion import Chain
 from ebt_nb.models.dit import BidirectionalEBT, DiT
 from ebt_nb.models.energy import EnergyTransformer
 from ebt_nb.models.transformer import Transformer
-from ebt_nb.noise import Keys
+from ebt_nb.compute.rng import Keys
 from ebt_nb.thinking.descent import Descent
 from ebt_nb.thinking.spaces import ImageSpace, TokenSpace
 from ebt_nb.training.objectives import energy_objective, feed_forward_objective
 from ebt_nb.training.optim import learning_rate
-from ebt_nb.training.vision import restoration_objective
+from ebt_nb.training.images import restoration_objective
 
-NORM_FLOOR = 1e-7    # gradients that are zero but for round-off
+NORM_FLOOR = 1e-7  # gradients that are zero but for round-off
 
 
 def pytest_generate_tests(metafunc):
@@ -34,62 +35,118 @@ def pytest_generate_tests(metafunc):
 
 
 def test_case(case, request):
-    check = {"text_ebt": check_energy_model, "text_baseline": check_baseline, "lr_schedule": check_schedule, "image_ebt": check_image_energy_model, "dit": check_dit,
-             "diffusion_schedule": check_noise}.get(case["config"]["kind"])
-    if check is None: pytest.skip(f"{case['name']}: no model of kind {case['config']['kind']} yet")
-    if check in (check_image_energy_model, check_dit, check_noise): pytest.importorskip("diffusers")
-    table = case["config"]["kind"] == "lr_schedule"                 # float64 as recorded: no model computes it
+    check = {
+        "text_ebt": check_energy_model,
+        "text_baseline": check_baseline,
+        "lr_schedule": check_schedule,
+        "image_ebt": check_image_energy_model,
+        "dit": check_dit,
+        "diffusion_schedule": check_noise,
+    }.get(case["config"]["kind"])
+    if check is None:
+        pytest.skip(f"{case['name']}: no model of kind {case['config']['kind']} yet")
+    if check in (check_image_energy_model, check_dit, check_noise):
+        pytest.importorskip("diffusers")
+    table = case["config"]["kind"] == "lr_schedule"  # float64 as recorded: no model computes it
     dtype = torch.float64 if table else getattr(torch, request.config.getoption("--parity-dtype"))
     file = load_file(Path(request.config.getoption("--parity-dir")) / case["file"])
     check(case, {name: t.to(dtype) if t.is_floating_point() else t for name, t in file.items()})
 
 
 def compare(case, name, ours, fixture):
-    if case["tensors"].get(name, {}).get("ill_conditioned"): return
+    if case["tensors"].get(name, {}).get("ill_conditioned"):
+        return
     assert ours.shape == fixture.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(fixture.shape)}"
     error, scale = (ours.detach() - fixture).abs().max().item(), fixture.abs().max().item()
-    assert error <= case["rtol_of_max"] * scale, f"{name}: off by {error:.3g}, {error / max(scale, 1e-300) / case['rtol_of_max']:.2f} times the tolerance"
+    assert error <= case["rtol_of_max"] * scale, (
+        f"{name}: off by {error:.3g}, {error / max(scale, 1e-300) / case['rtol_of_max']:.2f} times the tolerance"
+    )
 
 
 def check_gradients(case, file, gradients):
-    for name in (n for n in file if n.startswith("grad/")): compare(case, name, gradients[name.removeprefix("grad/")], file[name])
+    for name in (n for n in file if n.startswith("grad/")):
+        compare(case, name, gradients[name.removeprefix("grad/")], file[name])
     for name, norm in case["grad_l2_norms"].items():
-        if name.endswith("attn.k.bias"):                                    # a softmax does not see it: what is recorded is round-off
+        if name.endswith("attn.k.bias"):  # a softmax does not see it: what is recorded is round-off
             assert gradients[name].norm() < 1e-5 * case["grad_l2_norms"][name.replace(".k.", ".q.")], name
             continue
-        assert abs(gradients[name].norm().item() - norm) <= case["rtol_of_max"] * norm + NORM_FLOOR, f"gradient norm of {name}: {gradients[name].norm().item()}, expected {norm}"
+        assert abs(gradients[name].norm().item() - norm) <= case["rtol_of_max"] * norm + NORM_FLOOR, (
+            f"gradient norm of {name}: {gradients[name].norm().item()}, expected {norm}"
+        )
 
 
 def neutral_names(model, read):
     "`read(parameter)` for every parameter under the fixtures' names and in their layout (fused matrices cut, tables turned)."
-    if isinstance(model, BidirectionalEBT | DiT): return neutral_image_names(model, read)
+    if isinstance(model, BidirectionalEBT | DiT):
+        return neutral_image_names(model, read)
     found = {"tok_embed": read(model.embedding.weight), "final_norm": read(model.final_norm.gain)}
     for i, block in enumerate(model.blocks):
         q, k, v = read(block.attention.qkv.weight).chunk(3)
         w1, w3 = read(block.ffn.gate_up.weight).chunk(2)
-        named = {"attn.wq": q, "attn.wk": k, "attn.wv": v, "attn.wo": read(block.attention.out.weight), "ffn.w1": w1, "ffn.w3": w3, "ffn.w2": read(block.ffn.down.weight),
-                 "norm_attn": read(block.attention_norm.gain), "norm_ffn": read(block.ffn_norm.gain)}
-        if block.adaptive is not None: named |= {"adaln.weight": read(block.adaptive.weight), "adaln.bias": read(block.adaptive.bias)}
+        named = {
+            "attn.wq": q,
+            "attn.wk": k,
+            "attn.wv": v,
+            "attn.wo": read(block.attention.out.weight),
+            "ffn.w1": w1,
+            "ffn.w3": w3,
+            "ffn.w2": read(block.ffn.down.weight),
+            "norm_attn": read(block.attention_norm.gain),
+            "norm_ffn": read(block.ffn_norm.gain),
+        }
+        if block.adaptive is not None:
+            named |= {"adaln.weight": read(block.adaptive.weight), "adaln.bias": read(block.adaptive.bias)}
         found |= {f"blocks.{i}.{name}": tensor for name, tensor in named.items()}
-    if isinstance(model, Transformer): return found | {"output_head": read(model.output_head.weight)}
+    if isinstance(model, Transformer):
+        return found | {"output_head": read(model.output_head.weight)}
     found["energy_head"] = read(model.energy_head.weight)
-    if model.candidate_embedding is not model.embedding: found["vocab_to_embed"] = read(model.candidate_table).T
-    if model.step_embedding is not None: found["time_embed"] = read(model.step_embedding.weight)
-    if model.final_adaptive is not None: found |= {"final_adaln.weight": read(model.final_adaptive.weight), "final_adaln.bias": read(model.final_adaptive.bias)}
+    if model.candidate_embedding is not model.embedding:
+        found["vocab_to_embed"] = read(model.candidate_table).T
+    if model.step_embedding is not None:
+        found["time_embed"] = read(model.step_embedding.weight)
+    if model.final_adaptive is not None:
+        found |= {
+            "final_adaln.weight": read(model.final_adaptive.weight),
+            "final_adaln.bias": read(model.final_adaptive.bias),
+        }
     return found
 
 
 def neutral_image_names(model, read):
     "`neutral_names` of an image model."
     embedding, both = model.patch_embedding, ("weight", "bias")
-    found = {"patch_embed.weight": read(embedding.weight).unflatten(1, (embedding.channels, embedding.patch, embedding.patch)), "patch_embed.bias": read(embedding.bias)}
-    def named(name, layer): return {f"{name}.{kind}": read(getattr(layer, kind)) for kind in both}
+    found = {
+        "patch_embed.weight": read(embedding.weight).unflatten(
+            1, (embedding.channels, embedding.patch, embedding.patch)
+        ),
+        "patch_embed.bias": read(embedding.bias),
+    }
+
+    def named(name, layer):
+        return {f"{name}.{kind}": read(getattr(layer, kind)) for kind in both}
+
     for i, block in enumerate(model.blocks):
-        found |= {f"blocks.{i}.attn.{part}.{kind}": tensor for kind in both for part, tensor in zip("qkv", read(getattr(block.qkv, kind)).chunk(3))}
-        for name, layer in (("attn.out", block.out), ("mlp.fc1", block.up), ("mlp.fc2", block.down), ("adaln", block.adaptive)): found |= named(f"blocks.{i}.{name}", layer)
+        found |= {
+            f"blocks.{i}.attn.{part}.{kind}": tensor
+            for kind in both
+            for part, tensor in zip("qkv", read(getattr(block.qkv, kind)).chunk(3))
+        }
+        for name, layer in (
+            ("attn.out", block.out),
+            ("mlp.fc1", block.up),
+            ("mlp.fc2", block.down),
+            ("adaln", block.adaptive),
+        ):
+            found |= named(f"blocks.{i}.{name}", layer)
     found |= named("final_adaln", model.final_adaptive)
-    if isinstance(model, BidirectionalEBT): return found | {"condition": read(model.condition), "energy_head": read(model.energy_head.weight)}
-    return found | named("time_mlp.fc1", model.time_mlp[0]) | named("time_mlp.fc2", model.time_mlp[2]) | named("out_proj", model.output_head)
+    if isinstance(model, BidirectionalEBT):
+        return found | {"condition": read(model.condition), "energy_head": read(model.energy_head.weight)}
+    return (
+        found
+        | named("time_mlp.fc1", model.time_mlp[0])
+        | named("time_mlp.fc2", model.time_mlp[2])
+        | named("out_proj", model.output_head)
+    )
 
 
 @torch.no_grad()
@@ -97,9 +154,14 @@ def load_weights(model, file):
     "Copy the fixture's weights into the model; every one must have a place and every place a weight."
     model.to(next(t.dtype for name, t in file.items() if name.startswith("weights/")))
     places = neutral_names(model, lambda parameter: parameter.data)
-    given = {name.removeprefix("weights/"): t for name, t in file.items() if name.startswith("weights/") and name not in ("weights/alpha", "weights/pos_embed")}
+    given = {
+        name.removeprefix("weights/"): t
+        for name, t in file.items()
+        if name.startswith("weights/") and name not in ("weights/alpha", "weights/pos_embed")
+    }
     assert places.keys() == given.keys(), f"names differ: {places.keys() ^ given.keys()}"
-    for name, place in places.items(): place.copy_(given[name])
+    for name, place in places.items():
+        place.copy_(given[name])
 
 
 def tokens_of(case, file):
@@ -111,39 +173,87 @@ def tokens_of(case, file):
 
 def shape_of(config):
     multiplier = config["ffn_multiplier"] or 1.0
-    return dict(vocab_size=config["vocab_size"], layers=config["n_layers"], width=config["dim"], heads=config["n_heads"], ffn_multiplier=multiplier,
-                norm_eps=config["norm_eps"], rope_base=config["rope_base"])
+    return dict(
+        vocab_size=config["vocab_size"],
+        layers=config["n_layers"],
+        width=config["dim"],
+        heads=config["n_heads"],
+        ffn_multiplier=multiplier,
+        norm_eps=config["norm_eps"],
+        rope_base=config["rope_base"],
+    )
 
 
 class GivenNumbers(Keys):
     "Keys that hand out the fixture's random numbers."
+
     def __new__(cls, file, purpose=None, step=0):
         self = object.__new__(cls)
-        for name, value in (("file", file), ("purpose", purpose), ("step", step)): object.__setattr__(self, name, value)
+        for name, value in (("file", file), ("purpose", purpose), ("step", step)):
+            object.__setattr__(self, name, value)
         return self
-    def __init__(self, *args): pass
-    def at(self, purpose, step=0): return GivenNumbers(self.file, purpose, step)
-    def normal(self, width, dtype=None, std=1.0): return {"start": lambda: self.file["in/y0"], "langevin": lambda: self.file["in/noise"][self.step]}[self.purpose]() * std
-    def uniform(self, width=1, dtype=None): return {"step size": lambda: self.file["in/step_size_uniform"]}[self.purpose]()
+
+    def __init__(self, *args):
+        pass
+
+    def at(self, purpose, step=0):
+        return GivenNumbers(self.file, purpose, step)
+
+    def normal(self, width, dtype=None, std=1.0):
+        return {"start": lambda: self.file["in/y0"], "langevin": lambda: self.file["in/noise"][self.step]}[
+            self.purpose
+        ]() * std
+
+    def uniform(self, width=1, dtype=None):
+        return {"step size": lambda: self.file["in/step_size_uniform"]}[self.purpose]()
 
 
 def check_energy_model(case, file):
     config, weights = case["config"], file["weights/alpha"]
-    model = EnergyTransformer.for_tokens(**shape_of(config), conditioning=config["conditioning"], landscapes=config["n_steps"], tied=config["vocab_to_embed_uses_prob_dist"])
+    model = EnergyTransformer.for_tokens(
+        **shape_of(config),
+        conditioning=config["conditioning"],
+        landscapes=config["n_steps"],
+        tied=config["vocab_to_embed_uses_prob_dist"],
+    )
     load_weights(model, file)
-    policy = Thinking(steps=config["n_steps"], step_size=config["alpha_init"], noise=config["langevin_dynamics_noise"], random_step_size=config["randomize_mcmc_step_size_scale"],
-                      detach=not config["no_mcmc_detach"], truncate=config["truncate_mcmc"], rule="probabilities" if config["normalize_initial_condition"] else "raw",
-                      clamp=config["clamp_futures_grad_max_change"] if config["clamp_futures_grad"] else None)
-    objective = Objective(steps="last" if config["truncate_mcmc"] else "mean", contrastive=config["contrastive_loss_coeff"] if config["contrastive_loss"] else 0)
+    policy = Thinking(
+        steps=config["n_steps"],
+        step_size=config["alpha_init"],
+        noise=config["langevin_dynamics_noise"],
+        random_step_size=config["randomize_mcmc_step_size_scale"],
+        detach=not config["no_mcmc_detach"],
+        truncate=config["truncate_mcmc"],
+        rule="probabilities" if config["normalize_initial_condition"] else "raw",
+        clamp=config["clamp_futures_grad_max_change"] if config["clamp_futures_grad"] else None,
+    )
+    objective = Objective(
+        steps="last" if config["truncate_mcmc"] else "mean",
+        contrastive=config["contrastive_loss_coeff"] if config["contrastive_loss"] else 0,
+    )
     descent = Descent(policy).to(weights.dtype).train()
-    with torch.no_grad(): descent.step_size.copy_(weights)
-    outcome = energy_objective(model, TokenSpace(model.candidate_table, policy.rule), descent, *tokens_of(case, file), GivenNumbers(file), objective, config["step_indices"], keep="all")
-    for k, energies in enumerate(outcome.trace.energies): compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
-    for k, candidate in enumerate(outcome.trace.candidates[1:]): compare(case, f"out/pred.{k}", candidate, file[f"out/pred.{k}"])
-    for k, loss in enumerate(outcome.step_losses): compare(case, f"out/ce.{k}", loss, file[f"out/ce.{k}"])
+    with torch.no_grad():
+        descent.step_size.copy_(weights)
+    outcome = energy_objective(
+        model,
+        TokenSpace(model.candidate_table, policy.rule),
+        descent,
+        *tokens_of(case, file),
+        GivenNumbers(file),
+        objective,
+        config["step_indices"],
+        keep="all",
+    )
+    for k, energies in enumerate(outcome.trace.energies):
+        compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
+    for k, candidate in enumerate(outcome.trace.candidates[1:]):
+        compare(case, f"out/pred.{k}", candidate, file[f"out/pred.{k}"])
+    for k, loss in enumerate(outcome.step_losses):
+        compare(case, f"out/ce.{k}", loss, file[f"out/ce.{k}"])
     compare(case, "out/loss", outcome.loss, file["out/loss"])
     compare(case, "out/perplexity", outcome.step_losses[-1].exp(), file["out/perplexity"])
-    if "out/contrastive_loss" in file: compare(case, "out/contrastive_loss", outcome.contrastive, file["out/contrastive_loss"])
+    if "out/contrastive_loss" in file:
+        compare(case, "out/contrastive_loss", outcome.contrastive, file["out/contrastive_loss"])
     outcome.loss.backward()
     check_gradients(case, file, neutral_names(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
 
@@ -166,12 +276,28 @@ def check_schedule(case, file):
     peak = config["peaks"][0]
     for schedule in config["schedules"]:
         start = 0.0 if schedule["divider"] == -1 else peak / schedule["divider"]
-        ours = torch.tensor([learning_rate(u, schedule["warm"], schedule["total"], peak, peak / schedule["min_lr_scale"], start) for u in range(1, schedule["total"] + 1)], dtype=torch.float64)
-        compare(case, f"out/lr.{schedule['tag']}", ours, file[f"out/lr.{schedule['tag']}"][: schedule["total"], 0].double())
+        ours = torch.tensor(
+            [
+                learning_rate(u, schedule["warm"], schedule["total"], peak, peak / schedule["min_lr_scale"], start)
+                for u in range(1, schedule["total"] + 1)
+            ],
+            dtype=torch.float64,
+        )
+        compare(
+            case, f"out/lr.{schedule['tag']}", ours, file[f"out/lr.{schedule['tag']}"][: schedule["total"], 0].double()
+        )
 
 
 def image_shape(config):
-    return dict(image_size=config["image_size"], channels=config["channels"], patch=config["patch_size"], layers=config["n_layers"], width=config["dim"], heads=config["n_heads"], ffn_multiplier=config["ffn_multiplier"])
+    return dict(
+        image_size=config["image_size"],
+        channels=config["channels"],
+        patch=config["patch_size"],
+        layers=config["n_layers"],
+        width=config["dim"],
+        heads=config["n_heads"],
+        ffn_multiplier=config["ffn_multiplier"],
+    )
 
 
 def check_image_energy_model(case, file):
@@ -179,23 +305,53 @@ def check_image_energy_model(case, file):
     model = BidirectionalEBT(**image_shape(config), landscapes=config["n_steps"])
     load_weights(model, file)
     compare(case, "weights/pos_embed", model.patch_embedding.positions, file["weights/pos_embed"])
-    chain, t = Chain(config["diffusion_steps"], config["noise_level"]), torch.full((len(images),), config["diffusion_steps"] - 1)
+    chain, t = (
+        Chain(config["diffusion_steps"], config["noise_level"]),
+        torch.full((len(images),), config["diffusion_steps"] - 1),
+    )
     start = chain.add_noise(images, t, file["in/q_noise"])
     compare(case, "out/noised", start, file["out/noised"])
-    policy = Thinking(steps=config["n_steps"], step_size=config["alpha_init"], noise=config["langevin_dynamics_noise"], random_step_size=config["randomize_mcmc_step_size_scale"],
-                      detach=not config["no_mcmc_detach"], truncate=config["truncate_mcmc"])
+    policy = Thinking(
+        steps=config["n_steps"],
+        step_size=config["alpha_init"],
+        noise=config["langevin_dynamics_noise"],
+        random_step_size=config["randomize_mcmc_step_size_scale"],
+        detach=not config["no_mcmc_detach"],
+        truncate=config["truncate_mcmc"],
+    )
     descent = Descent(policy).to(alpha.dtype).train()
-    with torch.no_grad(): descent.step_size.copy_(alpha)
+    with torch.no_grad():
+        descent.step_size.copy_(alpha)
     space = ImageSpace(model.patch_embedding, config["channels"], config["image_size"])
-    flat = {name: file[name].flatten(axis) for name, axis in (("in/noise", 2), ("in/step_size_uniform", 1)) if name in file}
+    flat = {
+        name: file[name].flatten(axis) for name, axis in (("in/noise", 2), ("in/step_size_uniform", 1)) if name in file
+    }
     objective = Objective(steps="last" if config["truncate_mcmc"] else "mean")
-    outcome = restoration_objective(model, space, descent, images.flatten(1), start.flatten(1), GivenNumbers(flat), objective, config["step_indices"], keep="all")
-    for k, energies in enumerate(outcome.trace.energies): compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
-    for k, candidate in enumerate(outcome.trace.candidates[1:]): compare(case, f"out/pred.{k}", space.images(candidate), file[f"out/pred.{k}"])
-    for k, loss in enumerate(outcome.step_losses): compare(case, f"out/step_loss.{k}", loss, file[f"out/step_loss.{k}"])
+    outcome = restoration_objective(
+        model,
+        space,
+        descent,
+        images.flatten(1),
+        start.flatten(1),
+        GivenNumbers(flat),
+        objective,
+        config["step_indices"],
+        keep="all",
+    )
+    for k, energies in enumerate(outcome.trace.energies):
+        compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
+    for k, candidate in enumerate(outcome.trace.candidates[1:]):
+        compare(case, f"out/pred.{k}", space.images(candidate), file[f"out/pred.{k}"])
+    for k, loss in enumerate(outcome.step_losses):
+        compare(case, f"out/step_loss.{k}", loss, file[f"out/step_loss.{k}"])
     compare(case, "out/loss", outcome.loss, file["out/loss"])
     if "debug/patch_energy.0" in file and not policy.noise:
-        compare(case, "debug/patch_energy.0", model.given(model.observe(len(images))).per_patch(space.embed(space.enter(start.flatten(1))), 0), file["debug/patch_energy.0"])
+        compare(
+            case,
+            "debug/patch_energy.0",
+            model.given(model.observe(len(images))).per_patch(space.embed(space.enter(start.flatten(1))), 0),
+            file["debug/patch_energy.0"],
+        )
     outcome.loss.backward()
     check_gradients(case, file, neutral_names(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
 
@@ -226,5 +382,11 @@ def check_noise(case, file):
         for level in case["config"]["noise_levels"]:
             chain, tag = Chain(steps, level), f"steps{steps}.level{level}"
             compare(case, f"out/alphas_cumprod.{tag}", chain.alphas_cumprod, file[f"out/alphas_cumprod.{tag}"])
-            if f"out/betas.{tag}" in file: compare(case, f"out/betas.{tag}", chain.betas, file[f"out/betas.{tag}"])
-            compare(case, f"out/q_sample.{tag}", chain.add_noise(file["in/image"], file[f"in/t.steps{steps}"].long(), file["in/q_noise"]), file[f"out/q_sample.{tag}"])
+            if f"out/betas.{tag}" in file:
+                compare(case, f"out/betas.{tag}", chain.betas, file[f"out/betas.{tag}"])
+            compare(
+                case,
+                f"out/q_sample.{tag}",
+                chain.add_noise(file["in/image"], file[f"in/t.steps{steps}"].long(), file["in/q_noise"]),
+                file[f"out/q_sample.{tag}"],
+            )

@@ -1,4 +1,5 @@
 "The project as a whole: notebooks and package agree, the README is current, the package can be built, installed and used without a checkout."
+
 import os
 import re
 import shutil
@@ -13,7 +14,19 @@ import nbformat
 import pytest
 import readme
 
-TOP = ["nbs", "ebt_nb", "job_scripts", "tests", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "environment.yml"]
+TOP = [
+    "nbs",
+    "ebt_nb",
+    "job_scripts",
+    "tests",
+    "settings.ini",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "constraints.txt",
+    "environment.yml",
+]
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.tmp~", "runs", "fixtures")
 
 
@@ -21,8 +34,10 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.tmp~",
 def copy(root, tmp_path):
     "A copy of the checkout that a test may spoil."
     for name in TOP:
-        if (root / name).is_dir(): shutil.copytree(root / name, tmp_path / "copy" / name, ignore=LEFT_OUT)
-        else: shutil.copy(root / name, tmp_path / "copy" / name)
+        if (root / name).is_dir():
+            shutil.copytree(root / name, tmp_path / "copy" / name, ignore=LEFT_OUT)
+        else:
+            shutil.copy(root / name, tmp_path / "copy" / name)
     return tmp_path / "copy"
 
 
@@ -34,15 +49,22 @@ def call(*words, **options):
 
 # Notebooks, package, README
 
+
 def contents(folder):
     "Every file of notebooks and package."
-    return {str(p.relative_to(folder)): p.read_bytes() for part in ("nbs", "ebt_nb") for p in (folder / part).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for part in ("nbs", "ebt_nb")
+        for p in (folder / part).rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
 
 
 def out_of_step(folder):
     "The files that exporting and cleaning change, in a copy of a checkout."
     before, scripts = contents(folder), Path(sys.executable).parent
-    for command in ("nbdev_export", "nbdev_clean"): call(scripts / command, cwd=folder)
+    for command in ("nbdev_export", "nbdev_clean"):
+        call(scripts / command, cwd=folder)
     after = contents(folder)
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
@@ -56,15 +78,16 @@ def test_notebooks_are_clean_and_the_package_is_what_they_export(copy):
 @pytest.mark.agreement
 def test_a_hand_edited_module_and_an_unclean_notebook_are_found(copy):
     out_of_step(copy)
-    (copy / "ebt_nb/runs.py").write_text((copy / "ebt_nb/runs.py").read_text() + "\nnew = 1\n")
-    book = nbformat.read(copy / "nbs/00_config.ipynb", as_version=4)
+    (copy / "ebt_nb/runs/folders.py").write_text((copy / "ebt_nb/runs/folders.py").read_text() + "\nnew = 1\n")
+    book = nbformat.read(copy / "nbs/config/00_config.ipynb", as_version=4)
     next(cell for cell in book.cells if cell.cell_type == "code").execution_count = 7
-    nbformat.write(book, copy / "nbs/00_config.ipynb")
-    assert out_of_step(copy) == ["ebt_nb/runs.py", "nbs/00_config.ipynb"]
+    nbformat.write(book, copy / "nbs/config/00_config.ipynb")
+    assert out_of_step(copy) == ["ebt_nb/runs/folders.py", "nbs/config/00_config.ipynb"]
 
 
 @pytest.mark.agreement
-def test_readme_is_current(root): assert readme.main(root, check=True) == 0
+def test_readme_is_current(root):
+    assert readme.main(root, check=True) == 0
 
 
 @pytest.mark.agreement
@@ -84,12 +107,21 @@ def test_links_of_the_readme_lead_somewhere(root):
 
 # Packaging
 
+
 @pytest.fixture
 def with_a_job(copy):
     "The copy with one more, tiny experiment."
-    cells = [nbformat.v4.new_code_cell("word = 'hello'", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell("import ebt_nb\nprint(word, 'from', ebt_nb.__file__)")]
+    cells = [
+        nbformat.v4.new_code_cell("word = 'hello'", metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell("import ebt_nb\nprint(word, 'from', ebt_nb.__file__)"),
+    ]
     (copy / "nbs/experiments").mkdir(exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), copy / "nbs/experiments/tiny.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+        ),
+        copy / "nbs/experiments/tiny.ipynb",
+    )
     return copy
 
 
@@ -97,8 +129,16 @@ def test_builds(root, with_a_job):
     call(sys.executable, "-m", "build", "--no-isolation", ".", cwd=with_a_job)
     [wheel], [source] = (with_a_job / "dist").glob("*.whl"), (with_a_job / "dist").glob("*.tar.gz")
     files = set(zipfile.ZipFile(wheel).namelist())
-    for folder, inside in [("ebt_nb", "ebt_nb"), ("nbs/experiments", "ebt_nb/experiments"), ("job_scripts/slurm_headers", "ebt_nb/slurm_headers")]:       # the wheel was built from the source archive, so both are complete
-        expected = {p.relative_to(with_a_job / folder).as_posix() for p in (with_a_job / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    for folder, inside in [
+        ("ebt_nb", "ebt_nb"),
+        ("nbs/experiments", "ebt_nb/experiments"),
+        ("job_scripts/slurm_headers", "ebt_nb/slurm_headers"),
+    ]:  # the wheel was built from the source archive, so both are complete
+        expected = {
+            p.relative_to(with_a_job / folder).as_posix()
+            for p in (with_a_job / folder).rglob("*")
+            if p.is_file() and "__pycache__" not in p.parts
+        }
         assert expected and {f"{inside}/{name}" for name in expected} <= files
     assert {name.split("/")[0] for name in files} == {"ebt_nb", "ebt_workbench-0.1.0.dist-info"}
     assert any(name.endswith("LICENSE") for name in files)
@@ -109,40 +149,72 @@ def test_builds(root, with_a_job):
 def test_installed_without_a_checkout(with_a_job, tmp_path):
     venv.create(tmp_path / "fresh", with_pip=False)
     [site] = (tmp_path / "fresh/lib").glob("python3*/site-packages")
-    (site / "others.pth").write_text(str(Path(nbformat.__file__).parents[1]))      # what ebt_nb needs is borrowed; ebt_nb itself is not: links within are not followed
+    (site / "others.pth").write_text(
+        str(Path(nbformat.__file__).parents[1])
+    )  # what ebt_nb needs is borrowed; ebt_nb itself is not: links within are not followed
     (tmp_path / "fresh/share").mkdir()
-    (tmp_path / "fresh/share/jupyter").symlink_to(Path(sys.prefix) / "share/jupyter")          # nbconvert's templates
+    (tmp_path / "fresh/share/jupyter").symlink_to(Path(sys.prefix) / "share/jupyter")  # nbconvert's templates
     python = tmp_path / "fresh/bin/python"
-    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", ".", cwd=with_a_job)
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+        ".",
+        cwd=with_a_job,
+    )
     shutil.rmtree(with_a_job)
     empty = tmp_path / "elsewhere"
     empty.mkdir()
     out = call(tmp_path / "fresh/bin/ebt", "run", "tiny", "-p", "word=greetings", "--runs-dir", "runs", cwd=empty)
-    assert f"greetings from {site}/ebt_nb/__init__.py" in out and len(list((empty / "runs/tiny").glob("*/report.html"))) == 1
+    assert (
+        f"greetings from {site}/ebt_nb/__init__.py" in out
+        and len(list((empty / "runs/tiny").glob("*/report.html"))) == 1
+    )
     assert "text/quickstart" in call(tmp_path / "fresh/bin/ebt", "presets", cwd=empty)
-    assert f"exec {tmp_path}/fresh/bin/ebt run tiny" in call(tmp_path / "fresh/bin/ebt", "submit", "tiny", "--cluster", "local_cpu", "--dry-run", cwd=empty)
-    assets = call(python, "-c", "from importlib.resources import files; print(*sorted(p.name for p in (files('ebt_nb') / 'assets/tokenizers').iterdir()))", cwd=empty)
+    assert f"exec {tmp_path}/fresh/bin/ebt run tiny" in call(
+        tmp_path / "fresh/bin/ebt", "submit", "tiny", "--cluster", "local_cpu", "--dry-run", cwd=empty
+    )
+    assets = call(
+        python,
+        "-c",
+        "from importlib.resources import files; print(*sorted(p.name for p in (files('ebt_nb') / 'assets/tokenizers').iterdir()))",
+        cwd=empty,
+    )
     assert assets.split() == ["austen_bpe_2k.json", "austen_bpe_8k.json", "gpt_neox_20b.json.gz"]
 
 
 # Job scripts
 
+
 def fake_checkout(root, folder):
     "A checkout with setup.sh and files that stand for the project's."
     (folder / "job_scripts").mkdir(parents=True)
     shutil.copy(root / "job_scripts/setup.sh", folder / "job_scripts")
-    for name in ("settings.ini", "setup.py", "constraints.txt"): (folder / name).touch()
+    for name in ("settings.ini", "setup.py", "constraints.txt"):
+        (folder / name).touch()
     return folder / "job_scripts/setup.sh"
 
 
 def test_setup_needs_a_python_that_is_new_enough(root, tmp_path):
     script, bin = fake_checkout(root, tmp_path / "checkout"), tmp_path / "bin"
     bin.mkdir()
-    for name in ("dirname", "cat", "cksum", "grep"): (bin / name).symlink_to(shutil.which(name))
-    (bin / "python3").write_text("#!/bin/sh\nexit 1\n")                            # as a Python older than 3.11, or without venv, answers
+    for name in ("dirname", "cat", "cksum", "grep"):
+        (bin / name).symlink_to(shutil.which(name))
+    (bin / "python3").write_text("#!/bin/sh\nexit 1\n")  # as a Python older than 3.11, or without venv, answers
     (bin / "python3").chmod(0o755)
-    done = subprocess.run([shutil.which("bash"), script], env={"PATH": str(bin)}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode != 0 and "no Python 3.11 or newer" in done.stderr and not (tmp_path / "checkout/.venv").exists()
+    done = subprocess.run(
+        [shutil.which("bash"), script], env={"PATH": str(bin)}, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert (
+        done.returncode != 0 and "no Python 3.11 or newer" in done.stderr and not (tmp_path / "checkout/.venv").exists()
+    )
 
 
 FAKE_PYTHON = """#!/bin/sh
@@ -158,22 +230,38 @@ esac
 def test_of_two_setups_at_once_the_second_waits_and_finds_the_work_done(root, tmp_path):
     script, bin, folder = fake_checkout(root, tmp_path / "checkout"), tmp_path / "bin", tmp_path / "checkout"
     bin.mkdir()
-    (bin / "python3.11").write_text(FAKE_PYTHON)                                   # its installation goes on until there is a file `go`
+    (bin / "python3.11").write_text(FAKE_PYTHON)  # its installation goes on until there is a file `go`
     (bin / "python3.11").chmod(0o755)
-    def start(): return subprocess.Popen(["bash", script], env={"PATH": f"{bin}:{os.defpath}"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def start():
+        return subprocess.Popen(
+            ["bash", script],
+            env={"PATH": f"{bin}:{os.defpath}"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     first = start()
     try:
         assert "making .venv" in first.stdout.readline() and "installing" in first.stdout.readline()
         second = start()
         said = second.stdout.readline()
-    finally: (folder / "go").touch()
+    finally:
+        (folder / "go").touch()
     assert "waiting for another setup" in said
-    for setup in (first, second): assert setup.wait(timeout=60) == 0
+    for setup in (first, second):
+        assert setup.wait(timeout=60) == 0
     assert "ready" in first.stdout.read() and second.stdout.read() == ""
     assert (folder / "log").read_text().split() == ["begun", "ended"] and (folder / ".venv/.set-up").is_file()
-    assert call("bash", script, env={"PATH": f"{bin}:{os.defpath}"}) == "" and script.read_bytes() == (root / "job_scripts/setup.sh").read_bytes()
+    assert (
+        call("bash", script, env={"PATH": f"{bin}:{os.defpath}"}) == ""
+        and script.read_bytes() == (root / "job_scripts/setup.sh").read_bytes()
+    )
 
 
 def test_setup_does_nothing_when_nothing_changed(root):
-    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file(): pytest.skip("these tests do not run in the .venv that setup.sh made")
+    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file():
+        pytest.skip("these tests do not run in the .venv that setup.sh made")
     assert call("bash", root / "job_scripts/setup.sh", env={"PATH": os.defpath}) == ""

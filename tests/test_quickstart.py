@@ -1,4 +1,5 @@
 """The main job, end to end at toy size: what `job_scripts/quickstart.sh` starts after setting up."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -6,11 +7,23 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ebt_nb.config import load_config
-from ebt_nb.runs import Run
+from ebt_nb.config.config import load_config
+from ebt_nb.runs.folders import Run
 
-TOY = {"model.width": 32, "model.heads": 2, "model.layers": 1, "data.context": 64, "data.batch_size": 8, "trainer.max_steps": 6, "trainer.val_every": 3, "trainer.val_batches": 8,
-       "trainer.checkpoint_every": 3, "trainer.log_every": 1, "trainer.threads": 1, "inference.max_new_tokens": 5}
+TOY = {
+    "model.width": 32,
+    "model.heads": 2,
+    "model.layers": 1,
+    "data.context": 64,
+    "data.batch_size": 8,
+    "trainer.max_steps": 6,
+    "trainer.val_every": 3,
+    "trainer.val_batches": 8,
+    "trainer.checkpoint_every": 3,
+    "trainer.log_every": 1,
+    "trainer.threads": 1,
+    "inference.max_new_tokens": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +31,20 @@ def job(tmp_path_factory):
     "The finished process and its experiment folder."
     folder = tmp_path_factory.mktemp("quickstart")
     options = [f"-p{key}={value}" for key, value in {**TOY, "data.cache_dir": folder / "cache"}.items()]
-    done = subprocess.run([Path(sys.executable).with_name("ebt"), "run", "pretrain", "--preset", "text/quickstart", "--runs-dir", folder / "runs", *options], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("ebt"),
+            "run",
+            "pretrain",
+            "--preset",
+            "text/quickstart",
+            "--runs-dir",
+            folder / "runs",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done, next((folder / "runs/text/quickstart").iterdir())
 
@@ -38,9 +64,27 @@ def test_report_shows_what_was_promised(job):
     report = nbformat.read(job[1] / "report.ipynb", 4)
     figures = sum("image/png" in output.get("data", {}) for cell in report.cells for output in cell.get("outputs", []))
     assert figures >= 7 and (job[1] / "report.html").read_text().count("<img") >= figures
-    headings = [line for cell in report.cells if cell.cell_type == "markdown" for line in cell.source.splitlines() if line.startswith("## ")]
-    assert headings == [f"## {h}" for h in ("Training", "Learning curves", "What thinking gains", "One prediction, thought step by step", "The energy around it",
-                                           "Energy against surprise", "Easy and uncertain tokens", "A sample", "In short")]
+    headings = [
+        line
+        for cell in report.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ]
+    assert headings == [
+        f"## {h}"
+        for h in (
+            "Training",
+            "Learning curves",
+            "What thinking gains",
+            "One prediction, thought step by step",
+            "The energy around it",
+            "Energy against surprise",
+            "Easy and uncertain tokens",
+            "A sample",
+            "In short",
+        )
+    ]
 
 
 def test_terminal_ends_with_the_table_and_the_report(job):
@@ -53,4 +97,4 @@ def test_terminal_ends_with_the_table_and_the_report(job):
     for name, row in rows.items():
         metrics = [r for r in Run.open(folder / name).metrics if "val/loss" in r][-1]
         assert row[:2] == [f"{metrics['val/loss']:.4f}", f"{metrics['val/bits_per_character']:.4f}"]
-    assert "step" in done.stdout and "tokens/s" in done.stdout            # progress while it worked
+    assert "step" in done.stdout and "tokens/s" in done.stdout  # progress while it worked

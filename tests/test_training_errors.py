@@ -1,4 +1,5 @@
 """What goes wrong around training: one clear message each, nothing written, nothing lost."""
+
 import contextlib
 import hashlib
 import os
@@ -14,20 +15,38 @@ import pytest
 import torch
 
 import ebt_nb
-from ebt_nb.config import ConfigError, RunConfig, WorkbenchError, build_config
+from ebt_nb.config.config import ConfigError, RunConfig, WorkbenchError, build_config
 from ebt_nb.data.text import DataError, load_tokenizer
-from ebt_nb.runs import Run, RunError, read_status
+from ebt_nb.runs.folders import Run, RunError, read_status
 from ebt_nb.thinking.descent import DivergenceError
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
 from ebt_nb.training.build import load_module
-from ebt_nb.training.learner import CheckpointError, read_checkpoint
+from ebt_nb.training.base import CheckpointError, read_checkpoint
 
 
 def tiny(folder: Path, **changes) -> RunConfig:
-    return build_config("text/quickstart", {
-        "model.layers": 2, "model.width": 32, "model.heads": 2, "data.context": 16, "data.batch_size": 4, "data.max_documents": 200, "data.cache_dir": str(folder.parent / "cache"), "run.runs_dir": str(folder / "runs"),
-        "trainer.max_steps": 8, "trainer.val_every": 4, "trainer.val_batches": 2, "trainer.log_every": 2, "trainer.checkpoint_every": 3, "trainer.threads": 1, "optim.warmup_steps": 2} | changes)
+    return build_config(
+        "text/quickstart",
+        {
+            "model.layers": 2,
+            "model.width": 32,
+            "model.heads": 2,
+            "data.context": 16,
+            "data.batch_size": 4,
+            "data.max_documents": 200,
+            "data.cache_dir": str(folder.parent / "cache"),
+            "run.runs_dir": str(folder / "runs"),
+            "trainer.max_steps": 8,
+            "trainer.val_every": 4,
+            "trainer.val_batches": 2,
+            "trainer.log_every": 2,
+            "trainer.checkpoint_every": 3,
+            "trainer.threads": 1,
+            "optim.warmup_steps": 2,
+        }
+        | changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,48 +63,70 @@ def run(trained, tmp_path) -> Run:
 
 def content(folder: Path) -> dict[str, str]:
     "Every file below a folder, and what is in it."
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else ""
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 @contextlib.contextmanager
 def refused(kind: type, folder: Path, *parts: str):
     "The block raises one error of this kind, naming all `parts`, and leaves everything below `folder` as it was."
     before = content(folder)
-    with pytest.raises(kind) as caught: yield
+    with pytest.raises(kind) as caught:
+        yield
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert isinstance(caught.value, WorkbenchError) and content(folder) == before
 
 
-def resumed(run: Run, **changes): return fit(run.config.model_copy(deep=True) if not changes else tiny(run.dir.parent, **changes), run, resume=True, progress="none")
+def resumed(run: Run, **changes):
+    return fit(
+        run.config.model_copy(deep=True) if not changes else tiny(run.dir.parent, **changes),
+        run,
+        resume=True,
+        progress="none",
+    )
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "empty", "text", "one byte short"])
 def test_damaged_checkpoint(run, spoil):
     path = run.checkpoint()
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"weights, honestly", "one byte short": data[:-1]}[spoil])
-    with refused(CheckpointError, run.dir, "last.ckpt", "not a checkpoint, or only part of one"): resumed(run)
-    with refused(CheckpointError, run.dir, "last.ckpt", "another checkpoint"): load_module(path)
-    assert fit(run.config, run, resume="best", progress="none").status == "done"        # the remedy works
+    path.write_bytes(
+        {"truncated": data[: len(data) // 2], "empty": b"", "text": b"weights, honestly", "one byte short": data[:-1]}[
+            spoil
+        ]
+    )
+    with refused(CheckpointError, run.dir, "last.ckpt", "not a checkpoint, or only part of one"):
+        resumed(run)
+    with refused(CheckpointError, run.dir, "last.ckpt", "another checkpoint"):
+        load_module(path)
+    assert fit(run.config, run, resume="best", progress="none").status == "done"  # the remedy works
 
 
 class Evil:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return (os.mkdir, (str(self.path),))
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
 
 
 def test_pickled_code_is_not_run(run):
     path, proof = run.checkpoint(), run.dir.parent / "proof"
     torch.save(read_checkpoint(path) | {"extra": Evil(proof)}, path)
-    with refused(CheckpointError, run.dir, "last.ckpt", "pickled code", "not run"): resumed(run)
-    with refused(CheckpointError, run.dir, "last.ckpt", "pickled code"): load_module(path)
+    with refused(CheckpointError, run.dir, "last.ckpt", "pickled code", "not run"):
+        resumed(run)
+    with refused(CheckpointError, run.dir, "last.ckpt", "pickled code"):
+        load_module(path)
     assert not proof.exists()
 
 
 def test_foreign_checkpoint(run):
     torch.save({"state_dict": {}, "epoch": 3}, run.checkpoint())
-    with refused(CheckpointError, run.dir, "last.ckpt", "no checkpoint of this workbench"): resumed(run)
+    with refused(CheckpointError, run.dir, "last.ckpt", "no checkpoint of this workbench"):
+        resumed(run)
 
 
 def test_tokenizer_does_not_match(run, tmp_path):
@@ -95,61 +136,96 @@ def test_tokenizer_does_not_match(run, tmp_path):
     config = run.config.model_copy(deep=True)
     config.data.tokenizer = str(other)
     config.data.cache_dir = tmp_path / "cache"
-    with refused(CheckpointError, run.dir, "last.ckpt", "'austen_2k'", "other.json", "data.tokenizer"): fit(config, run, resume=True, progress="none")
-    with refused(CheckpointError, run.dir, "'austen_2k'", "other.json"): load_module(run.checkpoint(), load_tokenizer(str(other)))
+    with refused(CheckpointError, run.dir, "last.ckpt", "'austen_2k'", "other.json", "data.tokenizer"):
+        fit(config, run, resume=True, progress="none")
+    with refused(CheckpointError, run.dir, "'austen_2k'", "other.json"):
+        load_module(run.checkpoint(), load_tokenizer(str(other)))
     assert load_module(run.checkpoint(), load_tokenizer("austen_2k")).micro_steps == 8
 
 
-@pytest.mark.parametrize("changes, kind, parts", [
-    ({"model.width": 64}, CheckpointError, ["model.width is 64, in the checkpoint 32"]),
-    ({"model.conditioning": "adaln", "thinking.steps": 3}, CheckpointError, ["model.conditioning is adaln, in the checkpoint step_embed", "thinking.steps is 3, in the checkpoint 2"]),
-    ({"optim.name": "lars"}, CheckpointError, ["optim.name is lars, in the checkpoint adamw", "config.yaml"]),
-    ({"optim.peak_lr": 0.1, "trainer.accumulate": 2}, CheckpointError, ["optim.peak_lr is 0.1", "trainer.accumulate is 2, in the checkpoint 1"]),
-    ({"run.seed": 34}, DataError, ["seed 33", "seed 34"]),
-    ({"data.context": 32}, DataError, ["other data"]),
-])
+@pytest.mark.parametrize(
+    "changes, kind, parts",
+    [
+        ({"model.width": 64}, CheckpointError, ["model.width is 64, in the checkpoint 32"]),
+        (
+            {"model.conditioning": "adaln", "thinking.steps": 3},
+            CheckpointError,
+            ["model.conditioning is adaln, in the checkpoint step_embed", "thinking.steps is 3, in the checkpoint 2"],
+        ),
+        ({"optim.name": "lars"}, CheckpointError, ["optim.name is lars, in the checkpoint adamw", "config.yaml"]),
+        (
+            {"optim.peak_lr": 0.1, "trainer.accumulate": 2},
+            CheckpointError,
+            ["optim.peak_lr is 0.1", "trainer.accumulate is 2, in the checkpoint 1"],
+        ),
+        ({"run.seed": 34}, DataError, ["seed 33", "seed 34"]),
+        ({"data.context": 32}, DataError, ["other data"]),
+    ],
+)
 def test_other_configuration_is_not_resumed(run, changes, kind, parts):
-    with refused(kind, run.dir, *parts): resumed(run, **changes)
+    with refused(kind, run.dir, *parts):
+        resumed(run, **changes)
 
 
 def test_trained_run_is_not_overwritten(run):
-    with refused(RunError, run.dir, str(run.dir), "nothing is overwritten", "resume"): fit(run.config, run, progress="none")
-    with refused(RunError, run.dir, "no checkpoint 'step=5'", "best, last"): fit(run.config, run, resume="step=5", progress="none")
+    with refused(RunError, run.dir, str(run.dir), "nothing is overwritten", "resume"):
+        fit(run.config, run, progress="none")
+    with refused(RunError, run.dir, "no checkpoint 'step=5'", "best, last"):
+        fit(run.config, run, resume="step=5", progress="none")
 
 
-@pytest.mark.parametrize("changes, parts", [
-    ({"trainer.callbacks": ["early_stoping"]}, ["trainer.callbacks", "'early_stoping'", "did you mean 'early_stopping'"]),
-    ({"trainer.devices": 4}, ["trainer.devices", "4 processes", "torchrun"]),
-    ({"trainer.accelerator": "abacus"}, ["trainer.accelerator=abacus"]),
-    pytest.param({"trainer.accelerator": "gpu"}, ["trainer.accelerator=gpu"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
-])
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        (
+            {"trainer.callbacks": ["early_stoping"]},
+            ["trainer.callbacks", "'early_stoping'", "did you mean 'early_stopping'"],
+        ),
+        ({"trainer.devices": 4}, ["trainer.devices", "4 processes", "torchrun"]),
+        ({"trainer.accelerator": "abacus"}, ["trainer.accelerator=abacus"]),
+        pytest.param(
+            {"trainer.accelerator": "gpu"},
+            ["trainer.accelerator=gpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
 def test_impossible_runs_make_no_folder(tmp_path, changes, parts):
     (tmp_path / "here").mkdir()
-    with refused(ConfigError, tmp_path / "here", *parts): fit(tiny(tmp_path / "here", **changes), progress="none")
+    with refused(ConfigError, tmp_path / "here", *parts):
+        fit(tiny(tmp_path / "here", **changes), progress="none")
 
 
 def test_missing_corpus_makes_no_folder(tmp_path):
     (tmp_path / "here").mkdir()
-    with refused(DataError, tmp_path / "here", "no_such_file.txt"): fit(tiny(tmp_path / "here", **{"data.source": "./no_such_file.txt"}), progress="none")
+    with refused(DataError, tmp_path / "here", "no_such_file.txt"):
+        fit(tiny(tmp_path / "here", **{"data.source": "./no_such_file.txt"}), progress="none")
 
 
 def test_runs_dir_cannot_be_written(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "runs").write_text("a file where a folder should be")
-    with refused(RunError, tmp_path / "here", "run.runs_dir"): fit(tiny(tmp_path / "here"), progress="none")
+    with refused(RunError, tmp_path / "here", "run.runs_dir"):
+        fit(tiny(tmp_path / "here"), progress="none")
 
 
 def test_checkpoints_folder_cannot_be_written(run, monkeypatch):
     "Seen before training, not at the first checkpoint."
-    def denied(*arguments, **options): raise PermissionError(13, "Permission denied")
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr("ebt_nb.training.fit.tempfile.TemporaryFile", denied)
-    with refused(RunError, run.dir, "checkpoints: cannot be written (Permission denied)", "run.runs_dir"): resumed(run)
+    with refused(RunError, run.dir, "checkpoints: cannot be written (Permission denied)", "run.runs_dir"):
+        resumed(run)
 
 
 class FullDisk(pl.Callback):
     "From an update on, no file can grow beyond a few kilobytes: figures still fit, a checkpoint does not."
+
     def on_train_batch_start(self, trainer, *arguments):
-        if trainer.global_step == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        if trainer.global_step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
 def test_disk_full_while_saving(tmp_path, monkeypatch, trained):
@@ -157,28 +233,42 @@ def test_disk_full_while_saving(tmp_path, monkeypatch, trained):
     monkeypatch.setitem(CALLBACKS, "full_disk", lambda config: FullDisk())
     run = Run.create(tiny(tmp_path))
     try:
-        with pytest.raises(CheckpointError, match=r"last.ckpt.*File too large.*intact.*resume"): fit(tiny(tmp_path, **{"trainer.callbacks": ["full_disk"]}), run, progress="none")
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with pytest.raises(CheckpointError, match=r"last.ckpt.*File too large.*intact.*resume"):
+            fit(tiny(tmp_path, **{"trainer.callbacks": ["full_disk"]}), run, progress="none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     status = read_status(run.dir)
     assert status["status"] == "failed" and "File too large" in status["error"] and status["step"] == 6
-    assert sorted(os.listdir(run.dir / "checkpoints")) == ["best.ckpt", "last.ckpt"] and read_checkpoint(run.checkpoint())["global_step"] == 4
+    assert (
+        sorted(os.listdir(run.dir / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+        and read_checkpoint(run.checkpoint())["global_step"] == 4
+    )
     fit(tiny(tmp_path), run, resume=True, progress="none")
     assert run.status == "done"
-    for a, b in zip(read_checkpoint(run.checkpoint())["state_dict"].values(), read_checkpoint(trained.checkpoint())["state_dict"].values()): assert torch.equal(a, b)
+    for a, b in zip(
+        read_checkpoint(run.checkpoint())["state_dict"].values(),
+        read_checkpoint(trained.checkpoint())["state_dict"].values(),
+    ):
+        assert torch.equal(a, b)
 
 
 class Poison(pl.Callback):
     "Puts a NaN into the weights after an update."
+
     def on_train_batch_end(self, trainer, module, *arguments):
         if trainer.global_step == 5:
-            with torch.no_grad(): module.model.blocks[0].ffn.down.weight[0, 0] = torch.nan
+            with torch.no_grad():
+                module.model.blocks[0].ffn.down.weight[0, 0] = torch.nan
 
 
-@pytest.mark.parametrize("kind, parts", [("ebt", ["thinking step 0", "thinking.step_size"]), ("transformer", ["update 6", "optim.peak_lr"])])
+@pytest.mark.parametrize(
+    "kind, parts", [("ebt", ["thinking step 0", "thinking.step_size"]), ("transformer", ["update 6", "optim.peak_lr"])]
+)
 def test_divergence_keeps_the_checkpoint_before(tmp_path, monkeypatch, kind, parts):
     monkeypatch.setitem(CALLBACKS, "poison", lambda config: Poison())
     run = Run.create(tiny(tmp_path, **{"model.kind": kind}))
-    with pytest.raises(DivergenceError) as caught: fit(tiny(tmp_path, **{"model.kind": kind, "trainer.callbacks": ["poison"]}), run, progress="none")
+    with pytest.raises(DivergenceError) as caught:
+        fit(tiny(tmp_path, **{"model.kind": kind, "trainer.callbacks": ["poison"]}), run, progress="none")
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert run.status == "failed" and load_module(run.checkpoint()).micro_steps == 4
 
@@ -186,7 +276,7 @@ def test_divergence_keeps_the_checkpoint_before(tmp_path, monkeypatch, kind, par
 SCRIPT = """
 import os, signal, sys
 import lightning.pytorch as pl
-from ebt_nb.runs import Run
+from ebt_nb.runs.folders import Run
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
 
@@ -206,13 +296,23 @@ print("not stopped")
 def test_ctrl_c(tmp_path, presses, saved, trained):
     "Once: the update is finished and saved. Twice: at once. Both are resumed to the same end."
     run = Run.create(tiny(tmp_path, **{"trainer.callbacks": ["ctrl_c"]}))
-    process = subprocess.run([sys.executable, "-c", SCRIPT, str(run.dir), str(presses)], capture_output=True, text=True, timeout=300)
-    assert process.returncode != 0 and "not stopped" not in process.stdout and f"Interrupted: {run.dir}: interrupted; resume with" in process.stderr, process.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(run.dir), str(presses)], capture_output=True, text=True, timeout=300
+    )
+    assert (
+        process.returncode != 0
+        and "not stopped" not in process.stdout
+        and f"Interrupted: {run.dir}: interrupted; resume with" in process.stderr
+    ), process.stderr
     assert run.status == "interrupted" and read_checkpoint(run.checkpoint())["global_step"] == saved
     assert re.search(r"SIGINT: stopping after this update", process.stdout)
     fit(tiny(tmp_path), run, resume=True, progress="none")
     assert run.status == "done"
-    for a, b in zip(read_checkpoint(run.checkpoint())["state_dict"].values(), read_checkpoint(trained.checkpoint())["state_dict"].values()): assert torch.equal(a, b)
+    for a, b in zip(
+        read_checkpoint(run.checkpoint())["state_dict"].values(),
+        read_checkpoint(trained.checkpoint())["state_dict"].values(),
+    ):
+        assert torch.equal(a, b)
     assert not any("lightning_logs" in str(p) for p in tmp_path.rglob("*")) and "warn" not in process.stderr.lower()
 
 
@@ -220,7 +320,16 @@ def test_fit_leaves_the_process_as_it_was(tmp_path, capfd, monkeypatch):
     "Threads, signal handlers, random state, environment; nothing is said, and nothing lies about."
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
-    def state(): return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), dict(os.environ), torch.get_rng_state().tolist()
+
+    def state():
+        return (
+            torch.get_num_threads(),
+            signal.getsignal(signal.SIGINT),
+            signal.getsignal(signal.SIGTERM),
+            dict(os.environ),
+            torch.get_rng_state().tolist(),
+        )
+
     before = state()
     fit(tiny(tmp_path), progress="none")
     assert state() == before and sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
