@@ -14,9 +14,10 @@ package = settings["lib_path"]
 
 
 class BuildWithExperiments(build_py):
-    "Put the experiment notebooks and cluster headers into the wheel, so that `ebt run` and `ebt submit` work without a checkout."
+    "Put experiment notebooks and cluster headers into the wheel: `ebt run` and `ebt submit` work without a checkout."
 
     def run(self):
+        "Build the package, then copy the files."
         super().run()
         if self.editable_mode:
             return

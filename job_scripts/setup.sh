@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Make or repair .venv: Python 3.11 or newer, the packages of constraints.txt, and this project, editable. Does nothing else, and is quick when nothing changed.
+# Create or repair .venv: Python 3.11 or newer, the packages of constraints.txt, and this project, editable.
+# Does nothing else, and is quick when nothing has changed.
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
-stamp=.venv/.set-up           # what .venv was last set up for
-unfinished=.venv/.unfinished  # there while packages are being installed; left behind by a kill
+stamp=.venv/.set-up           # fingerprint of what .venv was last set up for
+unfinished=.venv/.unfinished  # exists while packages are being installed; stays when that is killed
 
 fingerprint() { { cat settings.ini setup.py constraints.txt; echo "$PWD"; "$python" --version; } 2>&1 | cksum; }
 
-# The interpreter starts, the main packages are there, and ebt_nb is this checkout's.
+# Whether the interpreter starts, the main packages are installed, and ebt_nb is this checkout's.
 sound() {
     "$python" -P - 2>/dev/null <<'CHECK'
 import importlib.util, pathlib, sys
@@ -48,7 +49,8 @@ ready() { [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(
 
 if ready; then exit 0; fi
 
-# One at a time: whoever comes second waits, and finds the work done. Locked is this script, because a lock inside .venv would be cleared with it.
+# One at a time: a second setup waits, and then finds the work done. The lock is on this script, because a lock inside
+# .venv would be removed with it.
 if command -v flock >/dev/null; then
     exec 9>>job_scripts/setup.sh
     if ! flock -n 9; then
@@ -60,7 +62,7 @@ fi
 
 if [ -e "$unfinished" ] || ! "$python" -m pip --version >/dev/null 2>&1 || ! grep -qF "$PWD/.venv" .venv/bin/activate; then make_venv; fi
 install
-if ! sound; then    # packages that pip takes for installed, but whose files are gone
+if ! sound; then    # pip takes packages for installed whose files are gone
     make_venv
     install
     sound || { echo "setup: .venv still lacks packages; remove .venv and run this again" >&2; exit 1; }

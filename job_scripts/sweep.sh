@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One agent of a sweep, from a fresh checkout too: sets up .venv, then searches as the sweep file says. Any number of agents share the sweep's folder:
+# One agent of a sweep. Sets up .venv first, so it works in a fresh checkout; then searches as the sweep file says.
+# Any number of agents share the sweep's folder:
 #   bash job_scripts/sweep.sh job_scripts/sweeps/peak_lr.yaml --agents 2
 #   sbatch --array=1-8 job_scripts/sweep.sh job_scripts/sweeps/peak_lr.yaml
-# Whatever is given is handed on to `ebt sweep`; without anything it is the example's search for a learning rate.
+# All arguments are passed on to `ebt sweep`; without any, it runs the example, a search for a learning rate.
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/.." && pwd)
 bash "$here/job_scripts/setup.sh"
 if [ $# -eq 0 ]; then set -- "$here/job_scripts/sweeps/peak_lr.yaml"; fi

@@ -1,17 +1,23 @@
-"Shared by all tests: options, threads, and jaxtyping's run-time checks of every shape and type in the package's signatures."
+"""What all tests share: options, threads, fixtures, and checks of shapes and types.
+
+jaxtyping and beartype check every annotation in the package's signatures while the tests run.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from forked import Forker
 from beartype import BeartypeConf, beartype
+from forked import Forker
 from jaxtyping import install_import_hook
 
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is fine
-checking = install_import_hook("ebt_nb", "conftest.checked")  # before anything imports the package
+NUM_CORES = min(2, os.cpu_count() or 1)
+NUM_TEST_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, NUM_CORES // NUM_TEST_PROCESSES))
+
+check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is annotated is fine
+import_hook = install_import_hook("ebt_nb", "conftest.check_types")  # before anything imports the package
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,9 +42,9 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def forker():
     "Runs `ebt` in processes of their own that need not import anything first."
-    made = Forker()
-    yield made
-    made.close()
+    forker = Forker()
+    yield forker
+    forker.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything a change must pass: sets up .venv, checks that notebooks and package agree, runs every notebook (nbdev_test) and every test (pytest).
-# The last line counts both: `N passed, N failed`.
+# Everything a change must pass: sets up .venv, checks style (ruff) and that notebooks and package agree, runs the
+# notebooks (nbdev_test; those that run as jobs are run by pytest) and every test (pytest).
+# The last line counts them all: `N passed, N failed`.
 set -uo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
@@ -24,6 +25,13 @@ COUNT
     passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
 }
 
+echo "== style"
+if .venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet .; then
+    passed=$((passed + 1))
+else
+    failed=$((failed + 1))
+fi
+
 echo "== notebooks and package agree"
 "$python" -m pytest -q tests -m agreement --junitxml "$work/agree.xml"
 count_tests "$work/agree.xml"
@@ -31,16 +39,18 @@ count_tests "$work/agree.xml"
 echo "== notebooks"
 OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --timing 2>&1 | tee "$work/notebooks.log"
 status=${PIPESTATUS[0]}
-notebooks=$("$python" - <<'RUN'    # those that nbdev_test really runs: not those whose front matter says skip_exec
+# Notebooks that nbdev_test really runs: not those whose front matter says skip_exec.
+notebooks=$("$python" - <<'RUN'
 from fastcore.basics import str2bool
 from nbdev.doclinks import nbglob
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
-front = [NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_ for path in nbglob()]
-print(sum(not str2bool(said.get("skip_exec", False)) for said in front))
+front_matters = [NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_ for path in nbglob()]
+print(sum(not str2bool(front_matter.get("skip_exec", False)) for front_matter in front_matters))
 RUN
 ) || notebooks=1    # one cannot be read; nbdev_test has failed on it as well
-bad=$(sed -n '/^nbdev Tests Failed On The Following Notebooks/,$p' "$work/notebooks.log" | grep -c '^[[:space:]].*\.ipynb$')
+bad=$(sed -n '/^nbdev Tests Failed On The Following Notebooks/,$p' "$work/notebooks.log" |
+    grep -c '^[[:space:]].*\.ipynb$')
 if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
 passed=$((passed + notebooks - bad)) failed=$((failed + bad))
 

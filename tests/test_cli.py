@@ -14,15 +14,18 @@ import nbformat
 import pytest
 
 from ebt_nb.cli.main import main
-from ebt_nb.config.config import PRESETS, SIZES, build_config, load_config
-from ebt_nb.runs.folders import find_runs, read_status
+from ebt_nb.config.models import SIZES
+from ebt_nb.config.overrides import build_config, load_config
+from ebt_nb.config.presets import PRESETS
+from ebt_nb.runs.addresses import find_runs
+from ebt_nb.runs.status import read_status
 
 EBT = Path(sys.executable).with_name("ebt")
 PARAMETERS = 'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\ngreeting = "hello"\ntimes = 2'
 
 
 def ebt(*words, **options):
-    "Run a command to its end: exit code, output, errors."
+    "Run a command; return exit code, output and errors."
     done = subprocess.run(
         [EBT, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **options
     )
@@ -61,12 +64,12 @@ def test_presets_at_every_size(tmp_path):
         assert (code, err) == (0, "") and load_config(tmp_path / "config.yaml").model.width == SIZES["small"].width
 
 
-def test_a_reader_who_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     done = subprocess.run(f"'{EBT}' presets --keys | head -1", shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("run.name: str") and done.stderr == ""
 
 
-# Wrong input: one clear message, exit code 2, nothing made
+# Wrong input: one clear message, exit code 2, nothing created
 
 
 @pytest.mark.parametrize(
@@ -77,18 +80,18 @@ def test_a_reader_who_has_seen_enough_is_no_error():
         (["-p", "greting=hi"], r"greting: job has no such parameter \(did you mean 'greeting'\?\)"),
         (["-p", "max_steps=3"], r"max_steps: job has no such parameter \(did you mean 'trainer.max_steps'\?\)"),
         (["-p", "trainer.max_steps=many"], r"trainer.max_steps: .*got 'many'"),
-        (["-p", "times=many"], r"times: takes int, such as 2; got 'many'"),
-        (["-p", "model.heads=7"], r"model.heads: width 128 cannot be cut into 7 heads"),
-        (["-p", "model.size=huge"], r"model.size: 'huge' is no size; choose from 4xs"),
-        (["-p", "greeting"], r"'greeting': an override reads key=value"),
+        (["-p", "times=many"], r"times: expects int, such as 2; got 'many'"),
+        (["-p", "model.heads=7"], r"model.heads: width 128 cannot be divided into 7 heads"),
+        (["-p", "model.size=huge"], r"model.size: 'huge' is not a size; choose from 4xs"),
+        (["-p", "greeting"], r"'greeting': an override has the form key=value"),
         (["-p", "run_dir=/tmp"], r"run_dir: set it with --runs-dir"),
         (["-p", "data.source=missing.txt"], r"data.source: missing.txt: no such file"),
         (["-p", "data.source={tmp}/empty.txt"], r"empty.txt: is empty"),
         (["-p", "data.source={tmp}/binary.txt"], r"binary.txt: a binary file"),
-        (["--runs-dir", "{tmp}/job.ipynb/runs"], r"job.ipynb/runs/.*cannot make this folder \(Not a directory\)"),
+        (["--runs-dir", "{tmp}/job.ipynb/runs"], r"job.ipynb/runs/.*cannot create this folder \(Not a directory\)"),
     ],
 )
-def test_wrong_input_stops_before_anything_is_made(tmp_path, notebook, monkeypatch, capsys, words, message):
+def test_wrong_input_is_refused_before_anything_is_created(tmp_path, notebook, monkeypatch, capsys, words, message):
     job = notebook("open('ran', 'w')")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(b"GIF89a\0\0\1")
@@ -97,9 +100,9 @@ def test_wrong_input_stops_before_anything_is_made(tmp_path, notebook, monkeypat
     code = main(
         ["run", str(job), *(word.format(tmp=tmp_path) for word in words), "-p", f"data.cache_dir={tmp_path}/cache"]
     )
-    said = capsys.readouterr()
-    assert code == 2 and said.out == "" and re.match(f"ebt: .*{message}", said.err), said.err
-    assert len(said.err.strip().splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr()
+    assert code == 2 and printed.out == "" and re.match(f"ebt: .*{message}", printed.err), printed.err
+    assert len(printed.err.strip().splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -115,17 +118,17 @@ def test_wrong_input_stops_before_anything_is_made(tmp_path, notebook, monkeypat
     ],
 )
 def test_other_commands_refuse_wrong_input(tmp_path, monkeypatch, capsys, words, message):
-    (tmp_path / "broken.yaml").write_text("model: {widht: 3}")
+    (tmp_path / "broken.yaml").write_text("format: 2\nmodel: {widht: 3}")
     monkeypatch.chdir(tmp_path)
     try:
         code = main(words)
     except SystemExit as stop:
         code = stop.code
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
         code == 2
-        and said.out == ""
-        and re.search(message, said.err)
+        and printed.out == ""
+        and re.search(message, printed.err)
         and [p.name for p in tmp_path.iterdir()] == ["broken.yaml"]
     )
 
@@ -141,7 +144,7 @@ def test_wrong_input_to_the_installed_command(tmp_path):
 # Jobs
 
 
-def test_a_job_leaves_its_report_and_says_where(tmp_path, notebook):
+def test_a_job_leaves_its_report_and_prints_its_path(tmp_path, notebook):
     job = notebook(
         "print(*[greeting] * times, overrides['model.size'])",
         "import os, pathlib\nassert os.getcwd() == run_dir",
@@ -176,15 +179,16 @@ def test_a_job_leaves_its_report_and_says_where(tmp_path, notebook):
     )
 
 
-def test_what_a_cell_prints_is_seen_while_it_works(tmp_path, notebook):
+def test_output_of_a_cell_is_shown_while_it_runs(tmp_path, notebook):
     job = notebook(
-        f"import os, time\nprint('step 1')\nwhile not os.path.exists('{tmp_path}/seen'): time.sleep(0.05)\nprint('step 2')"
+        "import os, time\nprint('step 1')\n"
+        f"while not os.path.exists('{tmp_path}/seen'): time.sleep(0.05)\nprint('step 2')"
     )
     with subprocess.Popen(
         [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, text=True
     ) as process:
         lines = iter(process.stdout.readline, "")
-        assert "step 1\n" in lines  # the cell goes on only once its first line has arrived here
+        assert "step 1\n" in lines  # the cell continues only once its first line has arrived here
         (tmp_path / "seen").touch()
         assert "step 2\n" in process.communicate()[0]
     assert process.returncode == 0
@@ -192,7 +196,8 @@ def test_what_a_cell_prints_is_seen_while_it_works(tmp_path, notebook):
 
 def test_a_job_outlives_its_terminal(tmp_path, notebook):
     job = notebook(
-        f"import os, time\nprint('step 1')\nwhile not os.path.exists('{tmp_path}/gone'): time.sleep(0.05)\nprint('step 2')"
+        "import os, time\nprint('step 1')\n"
+        f"while not os.path.exists('{tmp_path}/gone'): time.sleep(0.05)\nprint('step 2')"
     )
     with subprocess.Popen(
         [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, text=True
@@ -213,14 +218,15 @@ def test_a_failing_cell(tmp_path, notebook, forker):
     assert (
         code == 1
         and err
-        == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\nOnce the cause is mended, go on with `ebt run {tmp_path}/job.ipynb --folder {folder}`\n"
+        == f"ebt: job failed: KeyError: 'missing'\nThe report so far: {folder}/report.html\n"
+        f"When the cause is removed, resume with `ebt run {tmp_path}/job.ipynb --folder {folder}`\n"
     )
     assert "so far so good" in out and "never" not in out and "KeyError" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "failed"
 
 
-def test_a_notebook_whose_process_dies(tmp_path, notebook, forker):
-    code, out, err = forker.run(
+def test_a_notebook_whose_process_is_killed(tmp_path, notebook, forker):
+    code, _out, err = forker.run(
         "run",
         notebook("print('so far so good', flush=True)", "import os\nos.kill(os.getpid(), 9)"),
         "--runs-dir",
@@ -232,17 +238,17 @@ def test_a_notebook_whose_process_dies(tmp_path, notebook, forker):
 
 
 @pytest.mark.parametrize(
-    "number, notices",
+    "number, handler",
     [
         (signal.SIGINT, "except KeyboardInterrupt: print('saved'); raise"),
         (signal.SIGTERM, "except KeyboardInterrupt: print('saved')"),
     ],
     ids=["SIGINT", "SIGTERM"],
 )
-def test_interrupted(tmp_path, notebook, number, notices):
-    listen = "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)"
+def test_interrupted(tmp_path, notebook, number, handler):
+    install = "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)"
     job = notebook(
-        listen, f"import time\nprint('training')\ntry:\n    while True: time.sleep(0.05)\n{notices}", "print('never')"
+        install, f"import time\nprint('training')\ntry:\n    while True: time.sleep(0.05)\n{handler}", "print('never')"
     )
     with subprocess.Popen(
         [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -251,14 +257,18 @@ def test_interrupted(tmp_path, notebook, number, notices):
         process.send_signal(number)
         out, err = process.communicate()
     folder = only_folder(tmp_path / "runs")
-    assert process.returncode == 130 and err == f"ebt: job: interrupted; go on with `ebt run {job} --folder {folder}`\n"
+    assert process.returncode == 130
+    assert err == f"ebt: job: interrupted; resume with `ebt run {job} --folder {folder}`\n"
     assert "saved" in out and "never" not in out and "saved" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "interrupted"
 
 
-def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, notebook):
+def test_the_third_interrupt_ends_a_notebook_that_ignores_signals(tmp_path, notebook):
     job = notebook(
-        "import signal, time\nheard = signal.signal(signal.SIGINT, lambda *_: print('not now'))\nprint('training')\nwhile True: time.sleep(0.05)"
+        "import signal, time\n"
+        "previous = signal.signal(signal.SIGINT, lambda *_: print('not now'))\n"
+        "print('training')\n"
+        "while True: time.sleep(0.05)",
     )
     with subprocess.Popen(
         [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -269,10 +279,10 @@ def test_interrupted_thrice_ends_a_notebook_that_does_not_listen(tmp_path, noteb
             process.send_signal(signal.SIGINT)
             assert "not now\n" in lines
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        _out, err = process.communicate()
     assert (
         process.returncode == 130
-        and re.search(r"ebt: job: interrupted; go on with .*\n$", err)
+        and re.search(r"ebt: job: interrupted; resume with .*\n$", err)
         and "Traceback" not in err
     )
     assert read_status(only_folder(tmp_path / "runs"))["status"] == "interrupted"
@@ -301,7 +311,7 @@ def test_train_list_and_resume(tmp_path, forker):
     code, out, err = forker.run("train", "longer.yaml", "--resume", "text/quickstart", cwd=tmp_path)
     assert code == 0 and "resumed at step 2" in out and "step 4/4" in out, err
     [run] = find_runs(tmp_path / "runs")
-    header, line = ebt("runs", cwd=tmp_path)[1].splitlines()
+    _header, line = ebt("runs", cwd=tmp_path)[1].splitlines()
     assert line.split()[:3] == [f"text/quickstart/{run.dir.name}", "done", "4"]
     assert f"folder: {run.dir}\nstatus: done\n" in ebt("runs", "show", run.dir.name, cwd=tmp_path)[1]
 
@@ -336,6 +346,6 @@ def test_lab_serves_the_notebooks(tmp_path):
                 )
 
             assert "kernels" in get("api/status")
-            assert "config/00_config.ipynb" in [entry["name"] for entry in get("api/contents")["content"]]
+            assert "index.ipynb" in [entry["name"] for entry in get("api/contents")["content"]]
         finally:
             server.terminate()

@@ -1,16 +1,18 @@
-"""A run whose training steps are compiled is the run without, up to rounding, through the whole of Lightning's loop."""
+"""A run with compiled training steps gives the losses of the run without, up to rounding, in Lightning's whole loop."""
 
 import csv
 
 import pytest
 
-from ebt_nb.config.config import ConfigError, RunConfig, build_config
-from ebt_nb.compute.graph import missing_compiler
+from ebt_nb.compute.graph import find_missing_compiler
+from ebt_nb.config.errors import ConfigError
+from ebt_nb.config.kinds import RunConfig
+from ebt_nb.config.overrides import build_config
 from ebt_nb.runs.folders import Run
 from ebt_nb.training.fit import fit
 
 
-def tiny(folder, **changes) -> RunConfig:
+def tiny_config(folder, **changes) -> RunConfig:
     return build_config(
         "text/quickstart",
         {
@@ -23,7 +25,7 @@ def tiny(folder, **changes) -> RunConfig:
             "data.cache_dir": str(folder / "cache"),
             "run.runs_dir": str(folder / "runs"),
             "trainer.max_steps": 6,
-            "trainer.accumulate": 2,
+            "trainer.accumulate_grad_batches": 2,
             "trainer.val_every": 3,
             "trainer.val_batches": 2,
             "trainer.log_every": 1,
@@ -34,8 +36,8 @@ def tiny(folder, **changes) -> RunConfig:
     )
 
 
-def losses(run: Run) -> list[tuple[str, float]]:
-    "Every loss the run has written, by name."
+def read_losses(run: Run) -> list[tuple[str, float]]:
+    "Return the name and value of every loss in the run's metrics, in order."
     with (run.dir / "metrics.csv").open() as file:
         return [
             (name, float(value))
@@ -45,23 +47,24 @@ def losses(run: Run) -> list[tuple[str, float]]:
         ]
 
 
-@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(find_missing_compiler("cpu") is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("changes", [dict(), {"model.kind": "transformer"}], ids=["ebt", "transformer"])
 def test_compiled_run(tmp_path, changes):
-    eager, compiled = (
-        losses(fit(tiny(tmp_path, **changes, **{"trainer.compile": compile}), progress="none"))
-        for compile in (False, True)
-    )
+    runs = [
+        fit(tiny_config(tmp_path, **changes, **{"trainer.compile": is_compiled}), progress="none")
+        for is_compiled in (False, True)
+    ]
+    eager, compiled = map(read_losses, runs)
     assert len(eager) >= 8 and [name for name, _ in compiled] == [name for name, _ in eager]
-    assert max(abs(a - b) for (_, a), (_, b) in zip(compiled, eager)) < 1e-4  # float32 rounding, six updates long
+    assert max(abs(a - b) for (_, a), (_, b) in zip(compiled, eager)) < 1e-4  # float32 rounding over six updates
 
 
 def test_compiler_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(
-        ConfigError, match="trainer.compile: install a C.. compiler .'no-such-compiler'.*trainer.compile=false"
+        ConfigError, match=r"trainer\.compile: install a C\+\+ compiler .'no-such-compiler'.*trainer.compile=false"
     ):
-        fit(tiny(tmp_path, **{"trainer.compile": True, "trainer.accelerator": "cpu"}), progress="none")
+        fit(tiny_config(tmp_path, **{"trainer.compile": True, "trainer.accelerator": "cpu"}), progress="none")
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
-    with pytest.raises(ConfigError, match="trainer.recompute"):
-        tiny(tmp_path, **{"trainer.compile": True, "trainer.recompute": True})
+    with pytest.raises(ConfigError, match=r"trainer\.activation_checkpointing"):
+        tiny_config(tmp_path, **{"trainer.compile": True, "trainer.activation_checkpointing": True})

@@ -1,4 +1,7 @@
-"""Pictures where a notebook cannot go: several processes at once, Lightning's own checkpoints, several ranks, every form of a source, and bad input of every kind."""
+"""Images where a notebook cannot test them.
+
+Several processes, Lightning's own checkpoints, several ranks, every form of a source, and bad input of every kind.
+"""
 
 import errno
 import hashlib
@@ -17,21 +20,26 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from data_checks import BatchRecorder, check_killed_preparation_is_replaced, fit_and_record
 from PIL import Image
 
-from ebt_nb.config.config import ConfigError, build_config
-from ebt_nb.data import images
-from ebt_nb.data.image_loaders import ImageData, keep_latents, latents_folder
-from ebt_nb.data.images import find_images, normalised, opened, pixels_of, prepare_images, read_info, square
-from ebt_nb.data.text import ASSETS, DataError
+from ebt_nb.config.errors import ConfigError
+from ebt_nb.config.overrides import build_config
+from ebt_nb.data import image_cache
+from ebt_nb.data.image_cache import prepare_images, read_prepared_info
+from ebt_nb.data.image_loaders import ImageDataModule
+from ebt_nb.data.image_sources import find_image_set
+from ebt_nb.data.latents import latent_cache_folder, prepare_latents
+from ebt_nb.data.pixels import crop_to_square, decode_image, float_to_pixels, pixels_to_float
+from ebt_nb.data.sources import ASSETS, DataError
 from ebt_nb.jobs.notebook_jobs import run_notebook
-from together import Recorder, check_killed_one_is_replaced, shown_to
 
 EMOJI = np.load(ASSETS / "images/emoji32.npz")["images"]
+EVERY_30TH = range(0, 1200, 30)
 
 
-def configured(tmp_path, **data):
-    "A tiny run on emoji, or on another source, whose cache lies in tmp_path/cache."
+def build_test_config(tmp_path, preset="image/quickstart", **changes):
+    "A tiny run on emoji, or on another source, whose cache is tmp_path/cache; keys without a section are of data."
     settings = {
         "data.cache_dir": str(tmp_path / "cache"),
         "data.source": "emoji",
@@ -42,114 +50,97 @@ def configured(tmp_path, **data):
         "trainer.max_steps": 9,
         "data.validation_fraction": 0.1,
     }
-    return build_config(
-        "image/quickstart",
-        settings | {(key.replace("__", ".") if "__" in key else f"data.{key}"): value for key, value in data.items()},
+    for key, value in changes.items():
+        settings[key.replace("__", ".") if "__" in key else f"data.{key}"] = value
+    return build_config(preset, settings)
+
+
+def build_latent_config(tmp_path, **changes):
+    "A tiny run on latents of emoji; captions are not encoded."
+    settings = dict(
+        encoder__images="small_vae", encoder__latent_channels=3, encoder__latent_factor=2, encoder__captions="none"
     )
+    return build_test_config(tmp_path, "image/t2i_ebt_s1", **settings | changes)
 
 
-def opened_data(config, **place):
-    data = ImageData(config, **place)
+def open_data(config, **ranks):
+    "A data module that is ready to serve."
+    data = ImageDataModule(config, **ranks)
     data.setup()
     return data
 
 
-def file_of(array, kind="PNG"):
-    "The bytes of a picture file."
-    saved = io.BytesIO()
-    Image.fromarray(array).save(saved, kind)
-    return saved.getvalue()
+def encode_image(array, file_format="PNG"):
+    "The bytes of an image file."
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, file_format)
+    return content.getvalue()
 
 
-def write_folder(folder, numbers=range(0, 1200, 30), classes=("one", "two")):
+def write_folder(folder, numbers=EVERY_30TH, classes=("one", "two")):
     "A folder of emoji by class."
-    for place, number in enumerate(numbers):
-        path = folder / classes[place % len(classes)] / f"{number:04d}.png"
+    for i, number in enumerate(numbers):
+        path = folder / classes[i % len(classes)] / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file_of(EMOJI[number]))
+        path.write_bytes(encode_image(EMOJI[number]))
     return str(folder)
 
 
-def write_parquet(path, numbers=range(0, 1200, 30), **columns):
+def write_parquet(path, numbers=EVERY_30TH, **columns):
     "A parquet file of emoji as `datasets` writes them."
-    cells = [{"bytes": file_of(EMOJI[number]), "path": f"{number:04d}.png"} for number in numbers]
+    cells = [{"bytes": encode_image(EMOJI[number]), "path": f"{number:04d}.png"} for number in numbers]
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict({"image": cells, **columns}).cast_column("image", datasets.Image()).to_parquet(path)
     return str(path)
 
 
-def left_behind(tmp_path):
-    "What a cache holds besides empty lock files."
-    return (
-        [p.name for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"]
-        if (tmp_path / "cache").exists()
-        else []
-    )
+def list_cache(tmp_path):
+    "Names of what a cache holds besides empty lock files."
+    return [path.name for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"]
 
 
-def shown(data, split):
+def count_rows(data):
+    return {split: len(rows) for split, rows in data.splits.items()}
+
+
+def sorted_pixels(data, split):
     "The pixels of a split, in an order that does not depend on that of the source."
-    found = data.rows(split)[np.arange(len(data.splits[split]))]["image"]
-    return sorted(pixels_of(image).numpy().tobytes() for image in found)
+    images = data.rows(split)[np.arange(len(data.splits[split]))]["image"]
+    return sorted(float_to_pixels(image).numpy().tobytes() for image in images)
 
 
 # ---- what comes with the package
 
 
-def test_embedded_pictures_are_those_the_readme_describes():
-    said = dict(
-        re.findall(r"^\| `(images/[^`]+)` .*`([0-9a-f]{64})` \|$", (ASSETS / "README.md").read_text(), re.MULTILINE)
-    )
-    assert said == {
-        f"images/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in (ASSETS / "images").iterdir()
-    }
+def test_embedded_images_are_those_the_readme_describes():
+    readme = (ASSETS / "README.md").read_text()
+    listed = dict(re.findall(r"^\| `(images/[^`]+)` .*`([0-9a-f]{64})` \|$", readme, re.MULTILINE))
+    found = {}
+    for path in (ASSETS / "images").iterdir():
+        found[f"images/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert listed == found
     for words in ("CC-BY 4.0", "jdecked/twemoji contributors", "changed: composited on white"):
-        assert words in (ASSETS / "README.md").read_text()
+        assert words in readme
     for words in ("Zalando", "Cal Henderson"):
         assert words in (ASSETS / "LICENSES/MIT.txt").read_text()
 
 
-def test_a_wheel_carries_the_pictures(root, tmp_path):
-    for name in (
-        "settings.ini",
-        "setup.py",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "ebt_nb",
-        "nbs/experiments",
-        "job_scripts",
-    ):
-        if (root / name).is_dir():
-            shutil.copytree(root / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-        else:
-            (tmp_path / "copy").mkdir(exist_ok=True)
-            shutil.copy(root / name, tmp_path / "copy")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            ".",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-index",
-            "--quiet",
-            "-w",
-            str(tmp_path),
-        ],
-        cwd=tmp_path / "copy",
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_wheel_carries_the_images(root, tmp_path):
+    names = ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in names:
+        shutil.copy(root / name, copy)
+    for name in ("ebt_nb", "nbs/experiments", "job_scripts"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "-w", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "wheel", ".", *options]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     [wheel] = tmp_path.glob("*.whl")
-    assert {
-        "ebt_nb/assets/images/emoji32.npz",
-        "ebt_nb/assets/images/emoji32.jsonl",
-        "ebt_nb/assets/images/fashion_mnist.npz",
-    } <= set(zipfile.ZipFile(wheel).namelist())
+    carried = set(zipfile.ZipFile(wheel).namelist())
+    for name in ("emoji32.npz", "emoji32.jsonl", "fashion_mnist.npz"):
+        assert f"ebt_nb/assets/images/{name}" in carried
 
 
 @pytest.mark.parametrize(
@@ -157,79 +148,77 @@ def test_a_wheel_carries_the_pictures(root, tmp_path):
     [("emoji", 3, 32), ("emoji", 1, 8), ("fashion_mnist", 1, 28), ("fashion_mnist", 3, 32), ("fashion_mnist", 1, 64)],
 )
 def test_embedded_sets_at_other_sizes(tmp_path, source, channels, size):
-    data = opened_data(configured(tmp_path, source=source, channels=channels, image_size=size))
+    data = open_data(build_test_config(tmp_path, source=source, channels=channels, image_size=size))
     batch = next(iter(data.val_dataloader()))
-    assert (
-        batch["image"].shape == (4, channels, size, size)
-        and batch["image"].abs().max() <= 1
-        and batch["label"].min() >= 0
-    )
-    assert torch.equal(normalised(pixels_of(batch["image"])), batch["image"])
-    assert min(len(rows) for rows in data.splits.values()) > 100 and len(data.classes) == (
-        7 if source == "emoji" else 10
-    )
+    assert batch["image"].shape == (4, channels, size, size)
+    assert batch["image"].abs().max() <= 1 and batch["label"].min() >= 0
+    assert torch.equal(pixels_to_float(float_to_pixels(batch["image"])), batch["image"])
+    assert min(len(rows) for rows in data.splits.values()) > 100
+    assert len(data.classes) == (7 if source == "emoji" else 10)
 
 
 # ---- several processes
 
 
-def opened_in(folder):
-    return opened_data(configured(folder))
+def open_in_folder(folder):
+    return open_data(build_test_config(folder))
 
 
 def test_one_prepares_others_wait_and_a_killed_one_is_replaced(tmp_path):
-    check_killed_one_is_replaced("ebt_nb.data.images:build_images", opened_in, tmp_path, "ebt_nb.data.image_loaders")
+    builder, module = "ebt_nb.data.image_cache:write_image_cache", "ebt_nb.data.image_loaders"
+    check_killed_preparation_is_replaced(builder, open_in_folder, tmp_path, module)
 
 
-def test_encoding_that_is_interrupted_leaves_nothing(tmp_path):
-    config = configured(
-        tmp_path, task="generate", encoder__images="small_vae", encoder__latent_channels=3, encoder__latent_factor=2
-    )
-    calls = []
+def test_interrupted_encoding_leaves_nothing(tmp_path):
+    config = build_latent_config(tmp_path)
+    batch_sizes = []
 
-    def squares(pictures):
-        calls.append(len(pictures))
-        if len(calls) == 5:
+    def encode_squares(images):
+        batch_sizes.append(len(images))
+        if len(batch_sizes) == 5:
             raise KeyboardInterrupt
-        return torch.nn.functional.avg_pool2d(pictures, 2)
+        return torch.nn.functional.avg_pool2d(images, 2)
 
     with pytest.raises(KeyboardInterrupt):
-        keep_latents(config, squares, None)
-    assert not latents_folder(config).exists() and not list((tmp_path / "cache").glob(".*.partial"))
+        prepare_latents(config, encode_squares, None)
+    assert not latent_cache_folder(config).exists() and not list((tmp_path / "cache").glob(".*.partial"))
     with pytest.raises(DataError, match="ebt encode"):
-        opened_data(config)
-    keep_latents(config, squares, None)
-    batch = next(iter(opened_data(config).train_dataloader()))
-    assert batch["image"].shape == (4, 3, 4, 4) and sum(calls[5:]) == 1360
+        open_data(config)
+    prepare_latents(config, encode_squares, None)
+    batch = next(iter(open_data(config).train_dataloader()))
+    assert batch["image"].shape == (4, 3, 4, 4) and sum(batch_sizes[5:]) == 1360
 
 
 # ---- resuming under Lightning
 
 
-class Pictures(Recorder):
-    def note(self, batch):
+class ImageRecorder(BatchRecorder):
+    "Records row numbers and a hash of the images of every batch."
+
+    def describe_batch(self, batch):
         return batch["index"].tolist(), hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
 
-    def value(self, batch):
+    def training_values(self, batch):
         return batch["image"]
 
 
-def fitted(*args, **options):
-    return shown_to(Pictures(), *args, **options)
+def record_batches(*args, **options):
+    return fit_and_record(ImageRecorder(), *args, **options)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_training_sees_the_remaining_pictures_mirrored_as_before(tmp_path, workers):
-    config = configured(tmp_path, source=write_folder(tmp_path / "pets"), flip=True, workers=workers)
-    straight = fitted(ImageData(config), tmp_path, 20)
-    assert (
-        len(opened_data(config).splits["train"]) == 32 and len({picture for _, picture in straight}) == 20
-    )  # more than two rounds
-    assert fitted(ImageData(config), tmp_path / "again", 20, tmp_path / "checkpoints" / "step=12.ckpt") == straight[12:]
-    other = configured(tmp_path, source=write_folder(tmp_path / "pets"), flip=True, image_size=16)
+def test_a_resumed_training_sees_the_remaining_images_mirrored_as_before(tmp_path, workers):
+    settings = dict(source=write_folder(tmp_path / "pets"), flip=True)
+    config = build_test_config(tmp_path, workers=workers, **settings)
+    uninterrupted = record_batches(ImageDataModule(config), tmp_path, 20)
+    assert len(open_data(config).splits["train"]) == 32  # more than two epochs
+    assert len({images for _, images in uninterrupted}) == 20
+    checkpoint = tmp_path / "checkpoints" / "step=12.ckpt"
+    assert record_batches(ImageDataModule(config), tmp_path / "again", 20, checkpoint) == uninterrupted[12:]
+    other = build_test_config(tmp_path, image_size=16, **settings)
     with pytest.raises(DataError, match="other data"):
-        fitted(ImageData(other), tmp_path / "third", 20, tmp_path / "checkpoints" / "step=12.ckpt")
+        record_batches(ImageDataModule(other), tmp_path / "third", 20, checkpoint)
 
 
 RANKS = """
@@ -237,171 +226,170 @@ import json, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
-from ebt_nb.config.config import load_config
-from ebt_nb.data.image_loaders import ImageData
+from ebt_nb.config.overrides import load_config
+from ebt_nb.data.image_loaders import ImageDataModule
 import test_images
-class Writer(test_images.Pictures):
-    def on_train_end(self): (folder / f"{self.name}-rank{self.global_rank}.json").write_text(json.dumps(self.seen))
-test_images.Pictures = Writer
+
 folder = Path(sys.argv[2])
+
+
+class Writer(test_images.ImageRecorder):
+    def on_train_end(self):
+        (folder / f"{self.name}-rank{self.global_rank}.json").write_text(json.dumps(self.recorded))
+
+
+test_images.ImageRecorder = Writer
 for Writer.name, checkpoint in [("first", None), ("resumed", folder / "first/checkpoints/step=4.ckpt")]:
-    test_images.fitted(ImageData(load_config(folder / "config.yaml")), folder / Writer.name, 9, checkpoint, devices=2, strategy="ddp_fork")
+    data = ImageDataModule(load_config(folder / "config.yaml"))
+    test_images.record_batches(data, folder / Writer.name, 9, checkpoint, devices=2, strategy="ddp_fork")
 """
 
 
 def test_ranks_share_batches_without_overlap_and_resume(tmp_path):
-    config = configured(tmp_path, flip=True)
+    config = build_test_config(tmp_path, flip=True)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    done = subprocess.run(
-        [sys.executable, "-c", RANKS, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    command = [sys.executable, "-c", RANKS, __file__, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, resumed = (
+        [json.loads((tmp_path / f"{name}-rank{rank}.json").read_text()) for rank in (0, 1)]
+        for name in ("first", "resumed")
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen, resumed = (
-        [json.loads((tmp_path / f"{name}-rank{r}.json").read_text()) for r in (0, 1)] for name in ("first", "resumed")
-    )
-    assert resumed == [own[4:] for own in seen]
+    assert resumed == [batches[4:] for batches in first]
     config.data.batch_size = 8
-    alone = opened_data(config).train_dataloader()
-    assert [a + b for (a, _), (b, _) in zip(*seen)] == [batch["index"].tolist() for _, batch in zip(range(9), alone)]
+    loader = open_data(config).train_dataloader()
+    expected = [batch["index"].tolist() for _, batch in zip(range(9), loader)]
+    assert [a + b for (a, _), (b, _) in zip(*first)] == expected
 
 
 # ---- forms of sources
 
 
-def test_every_form_gives_the_same_pictures(tmp_path):
-    numbers = range(0, 1200, 30)
+def test_every_form_gives_the_same_images(tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
-    for number in numbers:
-        (flat / f"{number:04d}.png").write_bytes(file_of(EMOJI[number]))
-    table = tmp_path / "tables"
-    write_parquet(table / "part-0.parquet", numbers[:20])
-    write_parquet(table / "part-1.parquet", numbers[20:])
-    sources = [
-        write_folder(tmp_path / "pets"),
-        flat,
-        write_parquet(tmp_path / "one.parquet"),
-        table,
-        table / "*.parquet",
-    ]
-    found = [opened_data(configured(tmp_path, source=str(source))) for source in sources]
-    assert {split: len(rows) for split, rows in found[0].splits.items()} == {"train": 32, "validation": 4, "test": 4}
+    for number in EVERY_30TH:
+        (flat / f"{number:04d}.png").write_bytes(encode_image(EMOJI[number]))
+    tables = tmp_path / "tables"
+    write_parquet(tables / "part-0.parquet", EVERY_30TH[:20])
+    write_parquet(tables / "part-1.parquet", EVERY_30TH[20:])
+    one_file = write_parquet(tmp_path / "one.parquet")
+    sources = [write_folder(tmp_path / "pets"), flat, one_file, tables, tables / "*.parquet"]
+    opened = [open_data(build_test_config(tmp_path, source=str(source))) for source in sources]
+    assert count_rows(opened[0]) == {"train": 32, "validation": 4, "test": 4}
     for split in ("train", "validation", "test"):
-        for data in found[1:]:
-            assert shown(data, split) == shown(found[0], split), data.source.name
-    assert found[0].classes == ["one", "two"] and "label" not in next(iter(found[1].train_dataloader()))
+        for data in opened[1:]:
+            assert sorted_pixels(data, split) == sorted_pixels(opened[0], split), data.source.name
+    assert opened[0].classes == ["one", "two"] and "label" not in next(iter(opened[1].train_dataloader()))
 
 
 def test_splits_of_folders_and_tables(tmp_path):
-    for name, numbers in [("train2017", range(0, 300, 10)), ("val", range(5, 100, 10)), ("test", range(7, 60, 10))]:
-        write_folder(tmp_path / "pets" / name, numbers)
-        write_parquet(
-            tmp_path
-            / "tables"
-            / f"{name.removesuffix('2017') if name != 'val' else 'validation'}-00000-of-00001.parquet",
-            numbers,
-            caption=[[f"number {n}", "another"] for n in numbers],
-            label=list(numbers),
-        )
-    folder, table = (opened_data(configured(tmp_path, source=str(tmp_path / name))) for name in ("pets", "tables"))
+    splits = [
+        ("train2017", "train", range(0, 300, 10)),
+        ("val", "validation", range(5, 100, 10)),
+        ("test", "test", range(7, 60, 10)),
+    ]
+    for folder_name, table_name, numbers in splits:
+        write_folder(tmp_path / "pets" / folder_name, numbers)
+        captions = [[f"number {number}", "another"] for number in numbers]
+        path = tmp_path / "tables" / f"{table_name}-00000-of-00001.parquet"
+        write_parquet(path, numbers, caption=captions, label=list(numbers))
+    folder, table = (open_data(build_test_config(tmp_path, source=str(tmp_path / name))) for name in ("pets", "tables"))
     for data in (folder, table):
-        assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 30, "validation": 10, "test": 6}
+        assert count_rows(data) == {"train": 30, "validation": 10, "test": 6}
     for split in ("train", "validation", "test"):
-        assert shown(folder, split) == shown(table, split)
+        assert sorted_pixels(folder, split) == sorted_pixels(table, split)
     batch = next(iter(table.test_dataloader()))
-    assert table.captions("test", batch["index"]) == [f"number {n}" for n in batch["label"].tolist()]
-    first = next(iter(folder.test_dataloader()))
-    assert {folder.classes[label] for label in first["label"]} <= {"one", "two"}
+    assert table.captions("test", batch["index"]) == [f"number {label}" for label in batch["label"].tolist()]
+    batch = next(iter(folder.test_dataloader()))
+    assert {folder.classes[label] for label in batch["label"]} <= {"one", "two"}
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_folder_with_metadata(tmp_path, name):
     folder = tmp_path / "described"
     write_folder(folder, range(20), classes=("a", "b"))
-    rows = [(f"{'ab'[n % 2]}/{n:04d}.png", f"drawing {n}", n % 3) for n in range(20)]
-    text = (
-        "".join(json.dumps(dict(file_name=file, text=words, kind=kind)) + "\n" for file, words, kind in rows)
-        if name.endswith("jsonl")
-        else "file_name,text,kind\n" + "".join(f"{file},{words},{kind}\n" for file, words, kind in rows)
-    )
-    (folder / name).write_text(text)
-    data = opened_data(configured(tmp_path, source=str(folder), label_column="kind", image_size=32))
+    rows = [dict(file_name=f"{'ab'[n % 2]}/{n:04d}.png", text=f"drawing {n}", kind=n % 3) for n in range(20)]
+    if name == "metadata.jsonl":
+        lines = [json.dumps(row) for row in rows]
+    else:
+        lines = ["file_name,text,kind"] + [",".join(map(str, row.values())) for row in rows]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    data = open_data(build_test_config(tmp_path, source=str(folder), label_column="kind", image_size=32))
     for split in ("train", "validation", "test"):
-        for batch in data.held_out_loader(split):
+        for batch in data.held_out_dataloader(split):
             for image, label, caption in zip(batch["image"], batch["label"], data.captions(split, batch["index"])):
                 number = int(caption.removeprefix("drawing "))
-                assert label == number % 3 and np.array_equal(
-                    pixels_of(image).numpy(), EMOJI[number].transpose(2, 0, 1)
-                )
+                assert label == number % 3
+                assert np.array_equal(float_to_pixels(image).numpy(), EMOJI[number].transpose(2, 0, 1))
 
 
-def test_changed_content_is_prepared_again_a_moved_folder_is_known_and_max_documents_limits(tmp_path):
+def test_changed_content_is_prepared_again_a_moved_folder_is_found_and_max_documents_limits(tmp_path):
     source = write_folder(tmp_path / "pets")
-    first = opened_data(configured(tmp_path, source=source))
-    shutil.copytree(source, tmp_path / "elsewhere/pets")
-    assert opened_data(configured(tmp_path, source=str(tmp_path / "elsewhere/pets"))).folder == first.folder
-    (tmp_path / "pets/one/0000.png").write_bytes(file_of(EMOJI[3]))
-    assert opened_data(configured(tmp_path, source=source)).folder != first.folder
-    few = opened_data(configured(tmp_path, source=source, max_documents=20))
-    assert sum(map(len, few.splits.values())) == 20
+    first = open_data(build_test_config(tmp_path, source=source))
+    moved = tmp_path / "elsewhere/pets"
+    shutil.copytree(source, moved)
+    assert open_data(build_test_config(tmp_path, source=str(moved))).folder == first.folder
+    (tmp_path / "pets/one/0000.png").write_bytes(encode_image(EMOJI[3]))
+    assert open_data(build_test_config(tmp_path, source=source)).folder != first.folder
+    limited = open_data(build_test_config(tmp_path, source=source, max_documents=20))
+    assert sum(map(len, limited.splits.values())) == 20
 
 
 def test_threads_change_nothing(tmp_path):
     source = write_folder(tmp_path / "pets")
-    one, many = (opened_data(configured(tmp_path / str(workers), source=source, workers=workers)) for workers in (0, 3))
-    for split in one.splits:
-        assert (
-            one.splits[split].with_format("numpy")[:]["image"].tolist()
-            == many.splits[split].with_format("numpy")[:]["image"].tolist()
+    without_threads, with_threads = (
+        open_data(build_test_config(tmp_path / str(workers), source=source, workers=workers)) for workers in (0, 3)
+    )
+    for split in without_threads.splits:
+        images, same_images = (
+            data.splits[split].with_format("numpy")[:]["image"].tolist() for data in (without_threads, with_threads)
         )
+        assert images == same_images
+
+
+def image_in_mode(mode):
+    "An emoji as a Pillow image of a mode."
+    if mode == "RGBA":
+        return Image.fromarray(np.dstack([EMOJI[4], np.full((32, 32), 255, np.uint8)]))
+    if mode == "I;16":
+        return Image.fromarray(EMOJI[4][:, :, 0].astype(np.uint16) * 257)
+    return Image.fromarray(EMOJI[4]).convert(mode)
+
+
+FORMAT_BY_MODE = {
+    "1": "PNG",
+    "L": "PNG",
+    "LA": "PNG",
+    "P": "GIF",
+    "RGB": "JPEG",
+    "RGBA": "PNG",
+    "CMYK": "JPEG",
+    "I;16": "PNG",
+    "YCbCr": "JPEG",
+}
 
 
 def test_every_kind_of_file_becomes_bytes():
-    rgba = np.dstack([EMOJI[4], np.full((32, 32), 255, np.uint8)])
-    modes = {
-        "1": "PNG",
-        "L": "PNG",
-        "LA": "PNG",
-        "P": "GIF",
-        "RGB": "JPEG",
-        "RGBA": "PNG",
-        "CMYK": "JPEG",
-        "I;16": "PNG",
-        "YCbCr": "JPEG",
-    }
-    for mode, kind in modes.items():
-        image = (
-            Image.fromarray(rgba)
-            if mode == "RGBA"
-            else Image.fromarray((EMOJI[4][:, :, 0].astype(np.uint16) * 257))
-            if mode == "I;16"
-            else Image.fromarray(EMOJI[4]).convert(mode)
-        )
-        saved = io.BytesIO()
-        image.save(saved, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    for mode, file_format in FORMAT_BY_MODE.items():
+        content = io.BytesIO()
+        options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+        image_in_mode(mode).save(content, file_format, **options)
         for channels in (1, 3):
-            found = square(opened(saved.getvalue()), 32, channels)
-            assert found.shape == (channels, 32, 32) and found.dtype == np.uint8
-            expected = (
-                np.asarray(Image.fromarray(EMOJI[4]).convert("L" if channels == 1 else "RGB"))
-                .reshape(32, 32, channels)
-                .transpose(2, 0, 1)
-                .astype(int)
-            )
+            pixels = crop_to_square(decode_image(content.getvalue()), 32, channels)
+            assert pixels.shape == (channels, 32, 32) and pixels.dtype == np.uint8
+            plain = np.asarray(Image.fromarray(EMOJI[4]).convert("L" if channels == 1 else "RGB"))
+            expected = plain.reshape(32, 32, channels).transpose(2, 0, 1).astype(int)
             if mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
-                assert np.abs(found - expected).mean() < 8, mode
-    assert square(opened(file_of(EMOJI[4][:1, :1])), 8, 3).shape == (3, 8, 8) and square(
-        opened(file_of(np.tile(EMOJI[4], (1, 40, 1)))), 8, 3
-    ).shape == (3, 8, 8)
-    frames, saved = [Image.fromarray(EMOJI[n]) for n in (4, 5)], io.BytesIO()
-    frames[0].save(saved, "GIF", save_all=True, append_images=frames[1:])
-    assert (
-        np.abs(square(opened(saved.getvalue()), 32, 3) - EMOJI[4].transpose(2, 0, 1).astype(int)).mean() < 8
-    )  # of an animation, the first picture
+                assert np.abs(pixels - expected).mean() < 8, mode
+    one_pixel, very_wide = EMOJI[4][:1, :1], np.tile(EMOJI[4], (1, 40, 1))
+    for array in (one_pixel, very_wide):
+        assert crop_to_square(decode_image(encode_image(array)), 8, 3).shape == (3, 8, 8)
+    frames, content = [Image.fromarray(EMOJI[n]) for n in (4, 5)], io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:])
+    pixels = crop_to_square(decode_image(content.getvalue()), 32, 3)
+    assert np.abs(pixels - EMOJI[4].transpose(2, 0, 1).astype(int)).mean() < 8  # the first image of an animation
 
 
 # ---- the hub
@@ -414,96 +402,78 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
-def downloaded(tmp_path, **columns):
+def imitate_download(tmp_path, captions):
     "Put a data set owner/name into the local cache as a download would have left it."
-    write_parquet(tmp_path / "there/train.parquet", range(0, 1200, 30), **columns)
-    write_parquet(
-        tmp_path / "there/validation.parquet",
-        range(5, 100, 10),
-        **{name: values[:10] for name, values in columns.items()},
-    )
-    datasets.load_dataset(
-        "parquet",
-        data_files={split: str(tmp_path / f"there/{split}.parquet") for split in ("train", "validation")},
-        cache_dir=str(tmp_path / "made"),
-    )
+    folder = tmp_path / "there"
+    write_parquet(folder / "train.parquet", EVERY_30TH, caption=captions)
+    write_parquet(folder / "validation.parquet", range(5, 100, 10), caption=captions[:10])
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", "validation")}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "made"))
     made = next((tmp_path / "made").glob("parquet/*/*/*/dataset_info.json")).parent
-    kept = tmp_path / "hf" / "owner___name" / "default" / "0.0.0" / made.name
-    shutil.copytree(made, kept)
-    for path in kept.glob("parquet-*"):
-        path.rename(kept / path.name.replace("parquet-", "name-"))
+    cache = tmp_path / "hf" / "owner___name" / "default" / "0.0.0" / made.name
+    shutil.copytree(made, cache)
+    for path in cache.glob("parquet-*"):
+        path.rename(cache / path.name.replace("parquet-", "name-"))
 
 
 def test_a_hub_set_downloaded_earlier_and_without_it(tmp_path, offline, capfd):
-    downloaded(tmp_path, caption=[[f"number {n}"] for n in range(40)])
-    data = opened_data(configured(tmp_path, source="owner/name"))
-    assert {split: len(rows) for split, rows in data.splits.items()} == {
-        "train": 36,
-        "validation": 10,
-        "test": 4,
-    }  # its own validation, and a test set cut off
+    imitate_download(tmp_path, captions=[[f"number {n}"] for n in range(40)])
+    data = open_data(build_test_config(tmp_path, source="owner/name"))
+    assert count_rows(data) == {"train": 36, "validation": 10, "test": 4}  # its own validation; test is held out
     assert data.captions("validation", torch.arange(3)) == ["number 0", "number 1", "number 2"]
-    with pytest.raises(DataError, match="data.image_column.*'owner/name' has no column 'photo'.*it has image, caption"):
-        opened_data(configured(tmp_path, source="owner/name", image_column="photo"))
-    with pytest.raises(DataError, match="data.split.*'trian'.*train, validation"):
-        opened_data(configured(tmp_path, source="owner/name", split="trian"))
+    with pytest.raises(
+        DataError, match=r"data.image_column.*'owner/name' has no column 'photo'.*it has image, caption"
+    ):
+        open_data(build_test_config(tmp_path, source="owner/name", image_column="photo"))
+    with pytest.raises(DataError, match=r"data.split.*'trian'.*train, validation"):
+        open_data(build_test_config(tmp_path, source="owner/name", split="trian"))
     shutil.rmtree(tmp_path / "hf")
-    after = opened_data(configured(tmp_path, source="owner/name"))
+    after = open_data(build_test_config(tmp_path, source="owner/name"))
     assert after.folder == data.folder and "using the rows prepared earlier" in capfd.readouterr().err
     with pytest.raises(DataError, match="cannot be reached"):
-        opened_data(configured(tmp_path, source="owner/name", image_size=16))  # that was never prepared
+        open_data(build_test_config(tmp_path, source="owner/name", image_size=16))  # never prepared
     for name in ("imagenet-1k", "coco-tiny", "coco-medium", "some/other"):
         with pytest.raises(DataError, match=f"'{name}' is not on this machine.*data.source=fashion_mnist or emoji"):
-            opened_data(configured(tmp_path, source=name))
+            open_data(build_test_config(tmp_path, source=name))
 
 
-def test_who_looks_sees_what_is_wrong_with_a_set(tmp_path):
-    "The experiment inspect_images: held-out pictures that are in training, as they are or mirrored, and files that cannot be read."
+def test_inspect_images_shows_what_is_wrong_with_a_set(tmp_path):
+    "Held-out images that are in training, as they are or mirrored, and files that cannot be read."
+    pets = tmp_path / "pets"
     for split, numbers in (("train", range(0, 600, 10)), ("validation", range(5, 300, 30)), ("test", [7, 17])):
-        write_folder(tmp_path / "pets" / split, numbers)
-    (tmp_path / "pets/validation/one/copy.png").write_bytes(file_of(EMOJI[40]))
-    (tmp_path / "pets/validation/two/turned.png").write_bytes(file_of(EMOJI[50][:, ::-1].copy()))
-    (tmp_path / "pets/train/one/broken.png").write_text("no picture")
-    folder = run_notebook(
-        "inspect_images",
-        "image/quickstart",
-        {
-            "data.source": str(tmp_path / "pets"),
-            "data.cache_dir": str(tmp_path / "cache"),
-            "data.channels": 3,
-            "data.image_size": 32,
-            "data.batch_size": 8,
-            "batches": 6,
-        },
-        tmp_path / "looked",
-    )
-    found = json.loads((folder / "facts.json").read_text())
-    assert (
-        found["rows"] == {"train": 60, "validation": 12, "test": 2}
-        and found["unreadable"] == 1
-        and found["classes"] == 2
-    )
-    assert (
-        found["held_out_in_training"] == 2
-        and found["held_out_compared"] == 12
-        and found["repeated"] == 0
-        and abs(found["neighbours"]) < 0.5
-    )
-    beaten = found["psnr_of_noisy"]
-    assert beaten["level 0.05"] > beaten["level 0.1"] > beaten["level 0.2"] > 5
+        write_folder(pets / split, numbers)
+    (pets / "validation/one/copy.png").write_bytes(encode_image(EMOJI[40]))
+    (pets / "validation/two/mirrored.png").write_bytes(encode_image(EMOJI[50][:, ::-1].copy()))
+    (pets / "train/one/broken.png").write_text("not an image")
+    settings = {
+        "data.source": str(pets),
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.channels": 3,
+        "data.image_size": 32,
+        "data.batch_size": 8,
+        "batches": 6,
+    }
+    folder = run_notebook("inspect_images", "image/quickstart", settings, tmp_path / "report")
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["rows"] == {"train": 60, "validation": 12, "test": 2}
+    assert facts["unreadable"] == 1 and facts["classes"] == 2
+    assert facts["held_out_in_training"] == 2 and facts["held_out_compared"] == 12
+    assert facts["repeated"] == 0 and abs(facts["neighbours"]) < 0.5
+    psnr = facts["psnr_of_noisy"]
+    assert psnr["level 0.05"] > psnr["level 0.1"] > psnr["level 0.2"] > 5
 
 
 # ---- bad input
 
 
-def bad_sources(tmp_path):
-    "name -> (source, what the message must say)"
+def write_bad_sources(tmp_path):
+    "Return what the message must say, by the name of a source."
     (tmp_path / "nothing").mkdir()
     (tmp_path / "text").mkdir()
-    (tmp_path / "text/a.png").write_text("no picture")
-    (tmp_path / "text/b.png").write_bytes(file_of(EMOJI[0])[:200])
+    (tmp_path / "text/a.png").write_text("not an image")
+    (tmp_path / "text/b.png").write_bytes(encode_image(EMOJI[0])[:200])
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
-    (tmp_path / "photo.png").write_bytes(file_of(EMOJI[0]))
+    (tmp_path / "photo.png").write_bytes(encode_image(EMOJI[0]))
     datasets.Dataset.from_dict({"image": ["one", "two"], "label": [0, 1]}).to_parquet(tmp_path / "words.parquet")
     datasets.Dataset.from_dict({"image": [1.0, 2.0]}).to_parquet(tmp_path / "numbers.parquet")
     write_folder(tmp_path / "single", [3])
@@ -514,142 +484,140 @@ def bad_sources(tmp_path):
     write_parquet(tmp_path / "uncaptioned.parquet")
     (tmp_path / "lacking").mkdir()
     (tmp_path / "lacking/metadata.jsonl").write_text(json.dumps(dict(file_name="none.png", caption="nothing")) + "\n")
-    (tmp_path / "lacking/a.png").write_bytes(file_of(EMOJI[0]))
+    (tmp_path / "lacking/a.png").write_bytes(encode_image(EMOJI[0]))
     return {
-        "nothing": "holds no pictures",
-        "text": "holds no picture that can be read (train)",
+        "nothing": "holds no images",
+        "text": "holds no image that can be read (train)",
         "torn.parquet": "cannot be read as parquet",
         "photo.png": "give the folder that holds them",
-        "words.parquet": "holds no picture that can be read",
+        "words.parquet": "holds no image that can be read",
         "numbers.parquet": "cannot be read",
-        "single": "cannot be trained on and held out",
+        "single": "too few to train on and to hold out",
         "copies": "1 different ones",
-        "transport": "car lies beside parts named like splits (train)",
-        "unclear": "more.parquet lies beside",
-        "missing": "neither a set of pictures",
+        "transport": "car stands next to parts named like splits (train)",
+        "unclear": "more.parquet stands next to",
+        "missing": "neither a set of images",
         "./missing": "no such file",
-        "lacking": "no picture",
+        "lacking": "no image",
     }
 
 
 def test_bad_sources_are_refused_by_name_and_nothing_is_written(tmp_path, monkeypatch):
-    cases = bad_sources(tmp_path)
+    reasons = write_bad_sources(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name, reason in cases.items():
+    for name, reason in reasons.items():
+        source = name if "missing" in name else str(tmp_path / name)
         with pytest.raises(DataError) as caught:
-            opened_data(configured(tmp_path, source=name if "missing" in name else str(tmp_path / name)))
+            open_data(build_test_config(tmp_path, source=source))
         assert name in str(caught.value) and reason in str(caught.value), (name, str(caught.value))
-        assert left_behind(tmp_path) == [], name
-    with pytest.raises(DataError, match="data.caption_column.*no column 'words'"):
-        opened_data(configured(tmp_path, source=str(tmp_path / "uncaptioned.parquet"), caption_column="words"))
+        assert list_cache(tmp_path) == [], name
+    source = str(tmp_path / "uncaptioned.parquet")
+    with pytest.raises(DataError, match=r"data.caption_column.*no column 'words'"):
+        open_data(build_test_config(tmp_path, source=source, caption_column="words"))
 
 
-def test_unreadable_pictures_are_named_and_counted_or_refused(tmp_path, capfd):
-    cells = [{"bytes": file_of(EMOJI[n]), "path": None} for n in range(30)]
-    for place, cell in [
-        (4, {"bytes": b"no picture", "path": None}),
-        (7, {"bytes": None, "path": str(tmp_path / "gone.png")}),
-        (9, None),
-        (12, {"bytes": file_of(EMOJI[5])[:300], "path": "cut.png"}),
-    ]:
-        cells[place] = cell
-    pyarrow.parquet.write_table(
-        pyarrow.table({"image": pyarrow.array(cells, datasets.Image.pa_type)}), tmp_path / "some.parquet"
-    )  # as other programs write it
-    data = opened_data(configured(tmp_path, source=str(tmp_path / "some.parquet")))
-    said = capfd.readouterr().err
-    assert sum(map(len, data.splits.values())) == 26 and "4 of 30 pictures cannot be read and are left out" in said
+def test_unreadable_images_are_named_and_counted_or_refused(tmp_path, capfd):
+    cells = [{"bytes": encode_image(EMOJI[n]), "path": None} for n in range(30)]
+    cells[4] = {"bytes": b"not an image", "path": None}
+    cells[7] = {"bytes": None, "path": str(tmp_path / "gone.png")}
+    cells[9] = None
+    cells[12] = {"bytes": encode_image(EMOJI[5])[:300], "path": "cut.png"}
+    source = str(tmp_path / "some.parquet")
+    table = pyarrow.table({"image": pyarrow.array(cells, datasets.Image.pa_type)})
+    pyarrow.parquet.write_table(table, source)  # as other programs write it
+    data = open_data(build_test_config(tmp_path, source=source))
+    messages = capfd.readouterr().err
+    assert sum(map(len, data.splits.values())) == 26 and "4 of 30 images cannot be read and are left out" in messages
     for words in (
-        "row 4: no picture that can be recognised",
+        "row 4: not an image that can be recognised",
         "gone.png: No such file",
-        "row 9: the row holds no picture",
+        "row 9: the row holds no image",
     ):
-        assert words in said
-    assert data.info["unreadable"] == 4 and "cut.png" in data.info["named"][3]
-    for size in (8, 16):  # prepared before by somebody less strict, or not yet
-        with pytest.raises(DataError, match="row 4: no picture.*data.unreadable=skip"):
-            opened_data(
-                configured(tmp_path, source=str(tmp_path / "some.parquet"), unreadable="refuse", image_size=size)
-            )
+        assert words in messages
+    assert data.info["unreadable"] == 4 and "cut.png" in data.info["unreadable_files"][3]
+    for size in (8, 16):  # prepared before with another setting, or not yet
+        with pytest.raises(DataError, match=r"row 4: not an image.*data.unreadable=skip"):
+            open_data(build_test_config(tmp_path, source=source, unreadable="refuse", image_size=size))
 
 
-def test_a_picture_too_large_to_be_one_is_unreadable(tmp_path, monkeypatch):
+def test_an_image_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)  # Pillow refuses twice this
     source = write_folder(tmp_path / "pets")
-    with pytest.raises(DataError, match="holds no picture that can be read.*exceeds limit"):
-        opened_data(configured(tmp_path, source=source))
+    with pytest.raises(DataError, match=r"holds no image that can be read.*exceeds limit"):
+        open_data(build_test_config(tmp_path, source=source))
 
 
-def test_shapes_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
+def test_impossible_shapes_are_refused_before_anything_is_read(tmp_path):
     for changes, words in [
         (dict(channels=2), "data.channels"),
         (dict(image_size=8, model__patch=16), "smaller than a patch of 16"),
-        (dict(image_size=10, model__patch=4), "cannot be cut into patches of 4"),
+        (dict(image_size=10, model__patch=4), "cannot be divided into patches of 4"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            configured(tmp_path, **changes)
-    assert left_behind(tmp_path) == []
+            build_test_config(tmp_path, **changes)
+    assert list_cache(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(DataError, match="data.cache_dir"):
-        opened_data(configured(tmp_path))
+    with pytest.raises(DataError, match=r"data.cache_dir"):
+        open_data(build_test_config(tmp_path))
     (tmp_path / "cache").unlink()
 
-    def full(*_, **__):
+    def fill_disk(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(images.ArrowWriter, "write_batch", full)
-    with pytest.raises(DataError, match="No space left on device.*free space"):
-        opened_data(configured(tmp_path))
-    assert left_behind(tmp_path) == []
+    monkeypatch.setattr(image_cache.ArrowWriter, "write_batch", fill_disk)
+    with pytest.raises(DataError, match=r"No space left on device.*free space"):
+        open_data(build_test_config(tmp_path))
+    assert list_cache(tmp_path) == []
 
 
 def test_damaged_prepared_data_names_the_folder(tmp_path):
-    data = opened_data(configured(tmp_path))
+    data = open_data(build_test_config(tmp_path))
     (data.folder / "train.arrow").write_bytes(b"damaged")
     with pytest.raises(DataError, match="delete this folder"):
-        opened_data(configured(tmp_path))
+        open_data(build_test_config(tmp_path))
     (data.folder / "info.json").write_text("{")
     with pytest.raises(DataError, match="delete this folder"):
-        opened_data(configured(tmp_path))
+        open_data(build_test_config(tmp_path))
 
 
 def test_encoded_data_that_does_not_fit(tmp_path):
-    def squares(pictures):
-        return torch.nn.functional.avg_pool2d(pictures, 2)
+    def encode_squares(images):
+        return torch.nn.functional.avg_pool2d(images, 2)
 
-    def letters(captions):
+    def count_characters(captions):
         return torch.tensor([[float(len(caption))] for caption in captions])
 
-    settings = dict(task="generate", encoder__images="small_vae", encoder__latent_channels=3, encoder__latent_factor=2)
-    keep_latents(configured(tmp_path, **settings), squares, None)
-    with pytest.raises(DataError, match="makes 3 x 4 x 4 .*not 4 x 4 x 4"):
-        opened_data(configured(tmp_path, **settings | dict(encoder__latent_channels=4)))
-    with pytest.raises(DataError, match="captions by 'minilm'.*ebt encode"):
-        opened_data(configured(tmp_path, **settings, encoder__captions="minilm"))
-    config = configured(tmp_path, **settings, encoder__captions="minilm")
-    folder = keep_latents(config, squares, letters)
-    with pytest.raises(DataError, match="vectors of 1 numbers; set encoder.caption_width=1"):
-        opened_data(config)
-    config.encoder.caption_width = 1
-    assert next(iter(opened_data(config).train_dataloader()))["caption"].shape == (4, 1)
+    prepare_latents(build_latent_config(tmp_path), encode_squares, None)
+    with pytest.raises(DataError, match=r"makes 3 x 4 x 4 .*not 4 x 4 x 4"):
+        open_data(build_latent_config(tmp_path, encoder__latent_channels=4))
+    captioned = build_latent_config(tmp_path, encoder__captions="minilm")
+    with pytest.raises(DataError, match=r"captions by 'minilm'.*ebt encode"):
+        open_data(captioned)
+    folder = prepare_latents(captioned, encode_squares, count_characters)
+    with pytest.raises(DataError, match=r"vectors of 1 numbers; set encoder.caption_width=1"):
+        open_data(captioned)
+    captioned.encoder.caption_width = 1
+    assert next(iter(open_data(captioned).train_dataloader()))["caption"].shape == (4, 1)
     (folder / "train.arrow").unlink()
     with pytest.raises(DataError, match="delete this folder"):
-        opened_data(config)
+        open_data(captioned)
+    without_captions = build_latent_config(
+        tmp_path, source="fashion_mnist", encoder__images="none", encoder__captions="minilm"
+    )
     with pytest.raises(DataError, match="has no captions"):
-        keep_latents(
-            configured(tmp_path, source="fashion_mnist", task="generate", encoder__captions="minilm"), None, letters
-        )
+        prepare_latents(without_captions, None, count_characters)
 
 
-def test_refusals_leave_what_was_prepared(tmp_path):
-    data = configured(tmp_path, source=write_folder(tmp_path / "pets")).data
-    folder = prepare_images(find_images(data), data)
-    before = {p: p.read_bytes() for p in folder.iterdir()}
-    (tmp_path / "pets/one/9999.png").write_text("no picture")
+def test_a_refusal_leaves_what_was_prepared(tmp_path):
+    data = build_test_config(tmp_path, source=write_folder(tmp_path / "pets")).data
+    folder = prepare_images(find_image_set(data), data)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "pets/one/9999.png").write_text("not an image")
     data.unreadable = "refuse"
-    with pytest.raises(DataError, match="9999.png"):
-        prepare_images(find_images(data), data)
-    assert {p: p.read_bytes() for p in folder.iterdir()} == before and read_info(folder)["unreadable"] == 0
+    with pytest.raises(DataError, match=r"9999.png"):
+        prepare_images(find_image_set(data), data)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert read_prepared_info(folder)["unreadable"] == 0

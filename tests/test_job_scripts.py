@@ -1,4 +1,4 @@
-"The job scripts, run with plain bash on a model that is small enough: they hand on what they are given, and leave a run."
+"The job scripts, run with plain bash on a small model: they pass their arguments on, and leave a run."
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ebt_nb.runs.folders import find_runs
-from ebt_nb.training.base import read_checkpoint
+from ebt_nb.runs.addresses import find_runs
+from ebt_nb.training.checkpoints import read_checkpoint
 
 SMALL = {
     "model.layers": 1,
@@ -67,7 +67,7 @@ def test_pretraining(script, preset, extra, root, tmp_path):
         assert "x 2 processes" in done.stdout
 
 
-PICTURES = {
+IMAGES = {
     "model.layers": 1,
     "model.width": 16,
     "model.heads": 2,
@@ -92,11 +92,11 @@ PICTURES = {
         ("pretrain_t2i/ebt_s1", "image/t2i_ebt_s1", {"model.patch": 1}),
     ],
 )
-def test_pictures(script, preset, extra, root, tmp_path):
-    "Trained by one script (what is encoded, before that), and used by another."
+def test_images(script, preset, extra, root, tmp_path):
+    "One script trains a model (after encoding, if needed), and another one uses it."
     if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file():
         pytest.skip("these tests do not run in the .venv that setup.sh made")
-    settings = PICTURES | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"} | extra
+    settings = IMAGES | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"} | extra
     words = [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
 
     def bash(name, *words):
@@ -112,19 +112,21 @@ def test_pictures(script, preset, extra, root, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    said = bash(script, *words)
+    printed = bash(script, *words)
     [run] = find_runs(tmp_path / "runs")
     assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
     if preset == "image/t2i_ebt_s1":
         assert (
-            "-encoded" in said
+            "-encoded" in printed
             and bash("inference/draw", f"{run.dir}:last", "--caption", "red apple", "--to", "apple.png").startswith(
                 "apple.png"
             )
             and (tmp_path / "apple.png").stat().st_size > 100
         )
-        made_by = {name: about["name"] for name, about in read_checkpoint(run.checkpoint("last"))["encoders"].items()}
-        assert made_by == {"images": "small_vae", "captions": "minilm"}
+        encoder_names = {
+            name: about["name"] for name, about in read_checkpoint(run.checkpoint("last"))["encoders"].items()
+        }
+        assert encoder_names == {"images": "small_vae", "captions": "minilm"}
     else:
         shown = bash(
             "inference/denoise",
@@ -134,10 +136,10 @@ def test_pictures(script, preset, extra, root, tmp_path):
             "--visualize",
             "drawn",
             "-p",
-            "diffusion.sampling_steps=5",
+            "diffusion.sampling_steps=10" if preset == "image/denoise_dit" else "inference.steps=10",
         )
         assert (
             "| 0.1 | 3 | 1 |" in shown
             and "| 0.2 | 10 | 1 |" in shown
-            and {"pictures.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}
+            and {"restored_images.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}
         )

@@ -1,4 +1,7 @@
-"""`launch`: ranks that are started, told what they say, stopped, gone on with, and not left behind. Real processes: torchrun, gloo, papermill."""
+"""`launch` starts ranks, shows their output, stops and resumes them, and leaves none of them behind.
+
+All processes are real: torchrun, gloo, papermill.
+"""
 
 import os
 import re
@@ -12,10 +15,13 @@ import nbformat
 import pytest
 import torch
 
-from ebt_nb.config.config import RunConfig, build_config
-from ebt_nb.runs.folders import Run, find_runs, may_be_at_work, read_status
+from ebt_nb.config.kinds import RunConfig
+from ebt_nb.config.overrides import build_config
+from ebt_nb.runs.addresses import find_runs
+from ebt_nb.runs.folders import Run
+from ebt_nb.runs.status import may_be_running, read_status
+from ebt_nb.training.checkpoints import read_checkpoint
 from ebt_nb.training.fit import fit
-from ebt_nb.training.base import read_checkpoint
 
 EBT = Path(sys.executable).with_name("ebt")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {
@@ -23,8 +29,8 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 }
 
 
-def tiny(folder: Path, processes: int = 2, **changes) -> RunConfig:
-    "Together 4 sequences a batch, whatever the number of processes."
+def tiny_config(folder: Path, processes: int = 2, **changes) -> RunConfig:
+    "A small run with 4 sequences in a batch of all processes together, whatever their number."
     return build_config(
         "text/quickstart",
         {
@@ -53,20 +59,22 @@ def tiny(folder: Path, processes: int = 2, **changes) -> RunConfig:
     )
 
 
-def until(happens, what: str, seconds: float = 90.0):
-    begun = time.monotonic()
-    while not (found := happens()):
-        assert time.monotonic() - begun < seconds, f"in {seconds} s: no {what}"
+def wait_until(condition, description: str, seconds: float = 300.0):
+    "Wait until a function returns something true, and return that."
+    start = time.monotonic()
+    while not (result := condition()):
+        assert time.monotonic() - start < seconds, f"after {seconds} s: no {description}"
         time.sleep(0.01)
-    return found
+    return result
 
 
-def logged(run: Run) -> int:
+def last_row(run: Run) -> int:
+    "The step of the last row of metrics."
     return max((row["step"] for row in run.metrics), default=0)
 
 
-def ranks(run: Run) -> list[int]:
-    "Processes that train this run, but for what started them."
+def find_ranks(run: Run) -> list[int]:
+    "The ids of the processes that train this run, without their launcher."
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -79,15 +87,16 @@ def ranks(run: Run) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_ranks_stop_go_on_and_do_not_outlive_their_starter(tmp_path):
-    """`ebt train` with two devices: stopped by SIGUSR1, started again and killed, started again on one device for the rest.
+def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
+    """`ebt train` with two devices is stopped by SIGUSR1, resumed and killed, and resumed on one device for the rest.
 
-    The figures are those of one process from beginning to end."""
-    run = Run.create(tiny(tmp_path))
+    The metrics are those of one process from beginning to end.
+    """
+    run = Run.create(tiny_config(tmp_path))
 
-    def start(*words):
+    def resume():
         return subprocess.Popen(
-            [EBT, "train", "--resume", run.dir, *words],
+            [EBT, "train", "--resume", run.dir],
             env=ENVIRONMENT,
             start_new_session=True,
             stdout=subprocess.PIPE,
@@ -95,145 +104,142 @@ def test_ranks_stop_go_on_and_do_not_outlive_their_starter(tmp_path):
             text=True,
         )
 
-    job = start()
-    until(lambda: logged(run) >= 8, "step 8")
-    assert len(ranks(run)) == 2
+    job = resume()
+    wait_until(lambda: last_row(run) >= 8, "step 8")
+    assert len(find_ranks(run)) == 2
     job.send_signal(signal.SIGUSR1)
-    said = job.communicate(timeout=120)[0]
-    assert (
-        job.returncode == 130
-        and f"{run.dir}: interrupted; resume with `ebt train --resume {run.dir}`" in said
-        and "2 sequences x 16 tokens x 1 accumulated x 2 processes = 4 sequences, 64 tokens" in said
-    )
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 130
+    assert f"{run.dir}: interrupted; resume with `ebt train --resume {run.dir}`" in output
+    assert "2 sequences x 16 tokens x 1 accumulated x 2 processes = 4 sequences, 64 tokens" in output
     first = read_checkpoint(run.checkpoint())["global_step"]
-    assert run.status == "interrupted" and first == logged(run) >= 8 and ranks(run) == []
+    assert run.status == "interrupted" and first == last_row(run) >= 8 and find_ranks(run) == []
 
-    job = start()
-    until(lambda: logged(run) >= first + 10, "ten steps more")
+    job = resume()
+    wait_until(lambda: last_row(run) >= first + 10, "ten more steps")
     os.killpg(job.pid, signal.SIGKILL)  # reaches neither torchrun nor the ranks, which have sessions of their own
-    job.communicate(timeout=120)
-    until(lambda: not ranks(run), "end of the ranks")
+    job.communicate(timeout=300)
+    wait_until(lambda: not find_ranks(run), "end of the ranks")
     second = read_checkpoint(run.checkpoint())["global_step"]
-    assert run.status == "interrupted" and second == logged(run) > first
+    assert run.status == "interrupted" and second == last_row(run) > first
 
-    alone = fit(tiny(tmp_path, 1, **{"trainer.max_steps": second + 5}), progress="none")
-    fit(tiny(tmp_path, 1, **{"trainer.max_steps": second + 5}), run, resume=True, progress="none")
-    rows = [[row for row in found.metrics if "train/loss" in row and row["step"] <= second] for found in (run, alone)]
-    assert [row["step"] for row in rows[0]] == list(range(1, second + 1))
-    for ours, theirs in zip(*rows, strict=True):
-        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3)
+    single_process = tiny_config(tmp_path, 1, **{"trainer.max_steps": second + 5})
+    expected = fit(single_process, progress="none")
+    fit(single_process, run, resume=True, progress="none")
+    rows, expected_rows = (
+        [row for row in one.metrics if "train/loss" in row and row["step"] <= second] for one in (run, expected)
+    )
+    assert [row["step"] for row in rows] == list(range(1, second + 1))
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row["train/loss"] == pytest.approx(expected_row["train/loss"], rel=1e-3)
 
 
 def test_a_rank_that_fails_ends_all_of_them(tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        tiny(tmp_path, **{"thinking.step_size": 1e39, "model.init": "reference"}).to_yaml()
-    )
-    done = subprocess.run(
-        [EBT, "train", tmp_path / "config.yaml"], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    config = tiny_config(tmp_path, **{"thinking.step_size": 1e39, "model.init": "reference"})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [EBT, "train", tmp_path / "config.yaml"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     [run] = find_runs(tmp_path / "runs")
-    assert done.returncode == 1 and re.match(
-        rf"ebt: {run.dir}: failed \(DivergenceError.*\); .* `ebt train --resume {run.dir}`\n$", done.stderr
-    ), done.stderr
+    message = rf"ebt: {run.dir}: failed \(DivergenceError.*\); .* `ebt train --resume {run.dir}`\n$"
+    assert done.returncode == 1 and re.match(message, done.stderr), done.stderr
     assert run.status == "failed" and "energy is not finite" in (run.dir / "process.log").read_text()
 
 
-CELLS = [
-    'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\nnames = ["first"]',
-    "from pathlib import Path\nfrom ebt_nb.config.config import build_config\nfrom ebt_nb.jobs.launch import launch\nfrom ebt_nb.jobs.parallel import run_in",
-    "runs = [launch(one, run_in(Path(run_dir) / name, one), resume=True, progress='plain') for name in names for one in [build_config(preset, {**overrides, 'run.seed': len(name)})]]",
-    "n = Path('summary.txt').write_text(' '.join(run.status for run in runs))",
-]
+PARAMETERS_CELL = """
+preset = "text/quickstart"
+overrides = {}
+run_dir = "."
+names = ["first"]
+"""
+TRAINING_CELL = """
+from pathlib import Path
+from ebt_nb.config.overrides import build_config
+from ebt_nb.jobs.launch import launch
+from ebt_nb.jobs.parallel import open_or_create_run
+
+runs = []
+for name in names:
+    config = build_config(preset, {**overrides, "run.seed": len(name)})
+    run = open_or_create_run(Path(run_dir) / name, config)
+    runs.append(launch(config, run, resume=True, progress="plain"))
+"""
+REPORT_CELL = "n = Path('summary.txt').write_text(' '.join(run.status for run in runs))"
+STEPS = 120  # so many that the run cannot end before the signal arrives
+
+
+def write_experiment(path: Path) -> None:
+    "Write a notebook that trains a model for each name."
+    parameters, *cells = map(nbformat.v4.new_code_cell, (PARAMETERS_CELL, TRAINING_CELL, REPORT_CELL))
+    parameters.metadata.tags = ["parameters"]
+    kernel = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, *cells], metadata=dict(kernelspec=kernel)), path)
+
+
+def experiment_arguments(config: RunConfig, names: list[str]) -> list[str]:
+    "Arguments of `ebt run` that set the sections `data` and `trainer`, a small model, and the names."
+    preset = build_config("text/quickstart", {}).model_dump(mode="json")
+    settings = [
+        f"{section}.{key}={value}"
+        for section in ("data", "trainer")
+        for key, value in config.model_dump(mode="json")[section].items()
+        if value != preset[section][key]
+    ]
+    settings += ["model.layers=1", "model.width=16", "model.heads=2", f"trainer.max_steps={STEPS}", f"names={names}"]
+    return [word for setting in settings for word in ("-p", setting)]
 
 
 @pytest.mark.parametrize(
     "number, processes, names", [(signal.SIGUSR1, 2, ["first"]), (signal.SIGKILL, 1, ["first", "second"])]
 )
-def test_an_experiment_goes_on_in_its_folder(tmp_path, number, processes, names):
-    "A notebook that trains a model or two, stopped in the first: run again in its folder, told nothing else, it ends as if nothing had happened."
-    parameters, *cells = map(nbformat.v4.new_code_cell, CELLS)
-    parameters.metadata.tags = ["parameters"]
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[parameters, *cells],
-            metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
-        ),
-        tmp_path / "pair.ipynb",
-    )
-    config = tiny(tmp_path, processes).model_dump(mode="json")
-    settings = [
-        f"{section}.{key}={value}"
-        for section in ("data", "trainer")
-        for key, value in config[section].items()
-        if value != build_config("text/quickstart", {}).model_dump(mode="json")[section][key]
-    ]
-    words = [
-        word
-        for setting in [
-            *settings,
-            "model.layers=1",
-            "model.width=16",
-            "model.heads=2",
-            "trainer.max_steps=40",
-            f"names={names}",
-        ]
-        for word in ("-p", setting)
-    ]
+def test_an_experiment_is_resumed_in_its_folder(tmp_path, number, processes, names):
+    "A notebook that trains one or two models is stopped in the first. Run again, it ends as if uninterrupted."
+    notebook = tmp_path / "pair.ipynb"
+    write_experiment(notebook)
+    arguments = experiment_arguments(tiny_config(tmp_path, processes), names)
     job = subprocess.Popen(
-        [EBT, "run", tmp_path / "pair.ipynb", *words, "--runs-dir", tmp_path / "runs"],
+        [EBT, "run", notebook, *arguments, "--runs-dir", tmp_path / "runs"],
         env=ENVIRONMENT,
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    [folder] = until(lambda: [path.parent.parent for path in (tmp_path / "runs").rglob("first/status.json")], "run")
+    [status] = wait_until(lambda: list((tmp_path / "runs").rglob("first/status.json")), "run")
+    folder = status.parents[1]
     first = Run.open(folder / "first")
-    until(lambda: logged(first) >= 8, "step 8")
+    wait_until(lambda: last_row(first) >= 8, "step 8")
     os.killpg(job.pid, number)
-    said = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=300)[0]
     if number == signal.SIGUSR1:
-        assert (
-            job.returncode == 130
-            and f"ebt: pair: interrupted; go on with `ebt run {tmp_path}/pair.ipynb --folder {folder}`" in said
-            and read_status(folder)["status"] == first.status == "interrupted"
-        )
-    until(lambda: not may_be_at_work(read_status(first.dir)), "end of the training")
-    stopped = read_checkpoint(first.checkpoint())["global_step"]
-    done = subprocess.run(
-        [EBT, "run", tmp_path / "pair.ipynb", "--folder", folder],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+        assert job.returncode == 130
+        assert f"ebt: pair: interrupted; resume with `ebt run {notebook} --folder {folder}`" in output
+        assert read_status(folder)["status"] == first.status == "interrupted"
+    wait_until(lambda: not may_be_running(read_status(first.dir)), "end of the training")
+    stopped_at = read_checkpoint(first.checkpoint())["global_step"]
+    command = [EBT, "run", notebook, "--folder", folder]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (
-        (folder / "summary.txt").read_text() == " ".join("done" for _ in names)
-        and read_status(folder)["status"] == "done"
-        and (folder / "report-1.ipynb").exists()
-    )
-    assert f"resumed at step {stopped}" in done.stdout and [
-        row["step"] for row in first.metrics if "train/loss" in row
-    ] == list(range(1, 41))
+    assert (folder / "summary.txt").read_text() == " ".join("done" for _ in names)
+    assert read_status(folder)["status"] == "done" and (folder / "report-1.ipynb").exists()
+    assert f"resumed at step {stopped_at}" in done.stdout
+    assert [row["step"] for row in first.metrics if "train/loss" in row] == list(range(1, STEPS + 1))
     assert len(list((tmp_path / "runs").rglob("config.yaml"))) == len(names)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a GPU")
 @pytest.mark.parametrize("devices", sorted({1, min(2, torch.cuda.device_count())}))
 def test_fsdp_trains_as_one_device_does(tmp_path, devices):
-    "Weights, gradients and optimiser state shared out over GPUs: the same figures, and a checkpoint that goes on."
+    "Weights, gradients and optimiser state divided among GPUs: the same metrics, and a checkpoint that can be resumed."
     changes = {"trainer.accelerator": "gpu", "trainer.max_steps": 12, "trainer.compile": False, "trainer.val_every": 6}
-    (tmp_path / "config.yaml").write_text(tiny(tmp_path, devices, **changes, **{"trainer.strategy": "fsdp"}).to_yaml())
-    subprocess.run(
-        [EBT, "train", tmp_path / "config.yaml", "-p", "trainer.max_steps=12"], env=ENVIRONMENT, check=True, timeout=300
-    )
+    fsdp = tiny_config(tmp_path, devices, **changes, **{"trainer.strategy": "fsdp"})
+    (tmp_path / "config.yaml").write_text(fsdp.to_yaml())
+    command = [EBT, "train", tmp_path / "config.yaml", "-p", "trainer.max_steps=12"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600)
     [run] = find_runs(tmp_path / "runs")
-    alone = fit(tiny(tmp_path, 1, **changes), progress="none")
-    for ours, theirs in zip(run.metrics, alone.metrics, strict=True):
-        for name in ours.keys() - {"tokens_per_second"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
-    subprocess.run(
-        [EBT, "train", "--resume", run.dir, "-p", "trainer.max_steps=14"], env=ENVIRONMENT, check=True, timeout=300
-    )
+    expected = fit(tiny_config(tmp_path, 1, **changes), progress="none")
+    for row, expected_row in zip(run.metrics, expected.metrics, strict=True):
+        for name in row.keys() - {"tokens_per_second"}:
+            assert row[name] == pytest.approx(expected_row[name], rel=1e-3), name
+    command = [EBT, "train", "--resume", run.dir, "-p", "trainer.max_steps=14"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600)
     assert read_checkpoint(run.checkpoint())["global_step"] == 14

@@ -2,8 +2,9 @@
 
     pytest tests/test_parity.py [--parity-dir DIR] [--parity-dtype float64|float32]
 
-DIR holds a manifest.json and the safetensors files it names, flat beside it. A tensor passes if the largest difference is at most the case's
-`rtol_of_max` times the fixture's largest entry. Cases of a modality that is not built yet are skipped by name.
+DIR holds a manifest.json and, in the same folder, the safetensors files that it names. A tensor passes if the largest
+difference is at most the case's `rtol_of_max` times the fixture's largest entry. Cases of a modality that is not built
+yet are skipped by name.
 """
 
 import json
@@ -13,17 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ebt_nb.config.config import IGNORE, Objective, Thinking
-from ebt_nb.models.diffusion import Chain
-from ebt_nb.models.dit import BidirectionalEBT, DiT
+from ebt_nb.compute.rng import RandomKeys
+from ebt_nb.config.data import IGNORE_INDEX
+from ebt_nb.config.thinking import ImageObjectiveConfig, ObjectiveConfig, ThinkingConfig, TokenThinkingConfig
+from ebt_nb.models.diffusion import GaussianDiffusion
+from ebt_nb.models.dit import DiT
 from ebt_nb.models.energy import EnergyTransformer
+from ebt_nb.models.image_energy import BidirectionalEBT
 from ebt_nb.models.transformer import Transformer
-from ebt_nb.compute.rng import Keys
 from ebt_nb.thinking.descent import Descent
 from ebt_nb.thinking.spaces import ImageSpace, TokenSpace
+from ebt_nb.training.images import restoration_objective
 from ebt_nb.training.objectives import energy_objective, feed_forward_objective
 from ebt_nb.training.optim import learning_rate
-from ebt_nb.training.images import restoration_objective
 
 NORM_FLOOR = 1e-7  # gradients that are zero but for round-off
 
@@ -38,14 +41,14 @@ def test_case(case, request):
     check = {
         "text_ebt": check_energy_model,
         "text_baseline": check_baseline,
-        "lr_schedule": check_schedule,
+        "lr_schedule": check_learning_rates,
         "image_ebt": check_image_energy_model,
         "dit": check_dit,
-        "diffusion_schedule": check_noise,
+        "diffusion_schedule": check_diffusion_schedule,
     }.get(case["config"]["kind"])
     if check is None:
         pytest.skip(f"{case['name']}: no model of kind {case['config']['kind']} yet")
-    if check in (check_image_energy_model, check_dit, check_noise):
+    if check in (check_image_energy_model, check_dit, check_diffusion_schedule):
         pytest.importorskip("diffusers")
     table = case["config"]["kind"] == "lr_schedule"  # float64 as recorded: no model computes it
     dtype = torch.float64 if table else getattr(torch, request.config.getoption("--parity-dtype"))
@@ -54,6 +57,7 @@ def test_case(case, request):
 
 
 def compare(case, name, ours, fixture):
+    "Assert that a tensor agrees with the fixture within the case's tolerance."
     if case["tensors"].get(name, {}).get("ill_conditioned"):
         return
     assert ours.shape == fixture.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(fixture.shape)}"
@@ -64,6 +68,7 @@ def compare(case, name, ours, fixture):
 
 
 def check_gradients(case, file, gradients):
+    "Compare gradients with those in the file, and the norms of all others with the recorded norms."
     for name in (n for n in file if n.startswith("grad/")):
         compare(case, name, gradients[name.removeprefix("grad/")], file[name])
     for name, norm in case["grad_l2_norms"].items():
@@ -75,10 +80,10 @@ def check_gradients(case, file, gradients):
         )
 
 
-def neutral_names(model, read):
-    "`read(parameter)` for every parameter under the fixtures' names and in their layout (fused matrices cut, tables turned)."
+def map_parameters(model, read):
+    "Return `read(parameter)` for every parameter, by the fixtures' names and in their layout (fused matrices split)."
     if isinstance(model, BidirectionalEBT | DiT):
-        return neutral_image_names(model, read)
+        return map_image_parameters(model, read)
     found = {"tok_embed": read(model.embedding.weight), "final_norm": read(model.final_norm.gain)}
     for i, block in enumerate(model.blocks):
         q, k, v = read(block.attention.qkv.weight).chunk(3)
@@ -112,12 +117,12 @@ def neutral_names(model, read):
     return found
 
 
-def neutral_image_names(model, read):
-    "`neutral_names` of an image model."
+def map_image_parameters(model, read):
+    "Do what `map_parameters` does, for an image model."
     embedding, both = model.patch_embedding, ("weight", "bias")
     found = {
         "patch_embed.weight": read(embedding.weight).unflatten(
-            1, (embedding.channels, embedding.patch, embedding.patch)
+            1, (embedding.channels, embedding.patch_size, embedding.patch_size)
         ),
         "patch_embed.bias": read(embedding.bias),
     }
@@ -151,27 +156,27 @@ def neutral_image_names(model, read):
 
 @torch.no_grad()
 def load_weights(model, file):
-    "Copy the fixture's weights into the model; every one must have a place and every place a weight."
+    "Copy the fixture's weights into the model; the names of both must be the same."
     model.to(next(t.dtype for name, t in file.items() if name.startswith("weights/")))
-    places = neutral_names(model, lambda parameter: parameter.data)
-    given = {
+    parameters = map_parameters(model, lambda parameter: parameter.data)
+    weights = {
         name.removeprefix("weights/"): t
         for name, t in file.items()
         if name.startswith("weights/") and name not in ("weights/alpha", "weights/pos_embed")
     }
-    assert places.keys() == given.keys(), f"names differ: {places.keys() ^ given.keys()}"
-    for name, place in places.items():
-        place.copy_(given[name])
+    assert parameters.keys() == weights.keys(), f"names differ: {parameters.keys() ^ weights.keys()}"
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
 
 
-def tokens_of(case, file):
+def inputs_and_targets(case, file):
     tokens = file["in/tokens"].long()
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    targets[targets == case["config"]["pad_id"]] = IGNORE
+    targets[targets == case["config"]["pad_id"]] = IGNORE_INDEX
     return inputs, targets
 
 
-def shape_of(config):
+def text_model_arguments(config):
     multiplier = config["ffn_multiplier"] or 1.0
     return dict(
         vocab_size=config["vocab_size"],
@@ -184,8 +189,29 @@ def shape_of(config):
     )
 
 
-class GivenNumbers(Keys):
-    "Keys that hand out the fixture's random numbers."
+def thinking_arguments(config):
+    "The keys of the `thinking` section that text and image models share."
+    return dict(
+        steps=config["n_steps"],
+        step_size=config["alpha_init"],
+        noise=config["langevin_dynamics_noise"],
+        random_step_size=config["randomize_mcmc_step_size_scale"],
+        detach=not config["no_mcmc_detach"],
+        truncate=config["truncate_mcmc"],
+    )
+
+
+def build_descent(thinking, file):
+    "A descent in training mode with the fixture's step size."
+    alpha = file["weights/alpha"]
+    descent = Descent(thinking).to(alpha.dtype).train()
+    with torch.no_grad():
+        descent.step_size.copy_(alpha)
+    return descent
+
+
+class FixtureRandomKeys(RandomKeys):
+    "Random keys whose draws are the random numbers of a fixture."
 
     def __new__(cls, file, purpose=None, step=0):
         self = object.__new__(cls)
@@ -196,53 +222,48 @@ class GivenNumbers(Keys):
     def __init__(self, *args):
         pass
 
-    def at(self, purpose, step=0):
-        return GivenNumbers(self.file, purpose, step)
+    def for_purpose(self, purpose, step=0):
+        return FixtureRandomKeys(self.file, purpose, step)
 
     def normal(self, width, dtype=None, std=1.0):
-        return {"start": lambda: self.file["in/y0"], "langevin": lambda: self.file["in/noise"][self.step]}[
-            self.purpose
-        ]() * std
+        if self.purpose == "langevin":
+            return self.file["in/noise"][self.step] * std
+        assert self.purpose == "start", self.purpose
+        return self.file["in/y0"] * std
 
     def uniform(self, width=1, dtype=None):
-        return {"step size": lambda: self.file["in/step_size_uniform"]}[self.purpose]()
+        assert self.purpose == "step size", self.purpose
+        return self.file["in/step_size_uniform"]
 
 
 def check_energy_model(case, file):
-    config, weights = case["config"], file["weights/alpha"]
+    config = case["config"]
     model = EnergyTransformer.for_tokens(
-        **shape_of(config),
+        **text_model_arguments(config),
         conditioning=config["conditioning"],
         landscapes=config["n_steps"],
         tied=config["vocab_to_embed_uses_prob_dist"],
     )
     load_weights(model, file)
-    policy = Thinking(
-        steps=config["n_steps"],
-        step_size=config["alpha_init"],
-        noise=config["langevin_dynamics_noise"],
-        random_step_size=config["randomize_mcmc_step_size_scale"],
-        detach=not config["no_mcmc_detach"],
-        truncate=config["truncate_mcmc"],
+    thinking = TokenThinkingConfig(
+        **thinking_arguments(config),
         rule="probabilities" if config["normalize_initial_condition"] else "raw",
         clamp=config["clamp_futures_grad_max_change"] if config["clamp_futures_grad"] else None,
     )
-    objective = Objective(
+    objective = ObjectiveConfig(
         steps="last" if config["truncate_mcmc"] else "mean",
         contrastive=config["contrastive_loss_coeff"] if config["contrastive_loss"] else 0,
     )
-    descent = Descent(policy).to(weights.dtype).train()
-    with torch.no_grad():
-        descent.step_size.copy_(weights)
+    descent = build_descent(thinking, file)
     outcome = energy_objective(
         model,
-        TokenSpace(model.candidate_table, policy.rule),
+        TokenSpace(model.candidate_table, thinking.rule),
         descent,
-        *tokens_of(case, file),
-        GivenNumbers(file),
+        *inputs_and_targets(case, file),
+        FixtureRandomKeys(file),
         objective,
         config["step_indices"],
-        keep="all",
+        keep_candidates="all",
     )
     for k, energies in enumerate(outcome.trace.energies):
         compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
@@ -253,25 +274,28 @@ def check_energy_model(case, file):
     compare(case, "out/loss", outcome.loss, file["out/loss"])
     compare(case, "out/perplexity", outcome.step_losses[-1].exp(), file["out/perplexity"])
     if "out/contrastive_loss" in file:
-        compare(case, "out/contrastive_loss", outcome.contrastive, file["out/contrastive_loss"])
+        compare(case, "out/contrastive_loss", outcome.contrastive_loss, file["out/contrastive_loss"])
     outcome.loss.backward()
-    check_gradients(case, file, neutral_names(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
+    check_gradients(case, file, map_parameters(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
 
 
 def check_baseline(case, file):
-    model = Transformer(**shape_of(case["config"]))
+    model = Transformer(**text_model_arguments(case["config"]))
     load_weights(model, file)
-    inputs, targets = tokens_of(case, file)
+    inputs, targets = inputs_and_targets(case, file)
     compare(case, "out/logits", model(inputs), file["out/logits"])
-    loss = feed_forward_objective(model, inputs, targets, Objective()).loss
+    loss = feed_forward_objective(model, inputs, targets, ObjectiveConfig()).loss
     compare(case, "out/loss", loss, file["out/loss"])
     compare(case, "out/perplexity", loss.exp(), file["out/perplexity"])
     loss.backward()
-    check_gradients(case, file, neutral_names(model, lambda p: p.grad))
+    check_gradients(case, file, map_parameters(model, lambda p: p.grad))
 
 
-def check_schedule(case, file):
-    "The main group up to its last scheduled update; behind it, and in other groups, the published floor is what this project mends."
+def check_learning_rates(case, file):
+    """Compare the main group's rates up to its last scheduled update.
+
+    Behind that update, and in other groups, this project corrects the published floor on purpose.
+    """
     config = case["config"]
     peak = config["peaks"][0]
     for schedule in config["schedules"]:
@@ -288,11 +312,11 @@ def check_schedule(case, file):
         )
 
 
-def image_shape(config):
+def image_model_arguments(config):
     return dict(
         image_size=config["image_size"],
         channels=config["channels"],
-        patch=config["patch_size"],
+        patch_size=config["patch_size"],
         layers=config["n_layers"],
         width=config["dim"],
         heads=config["n_heads"],
@@ -301,92 +325,80 @@ def image_shape(config):
 
 
 def check_image_energy_model(case, file):
-    config, alpha, images = case["config"], file["weights/alpha"], file["in/image"]
-    model = BidirectionalEBT(**image_shape(config), landscapes=config["n_steps"])
+    config, images = case["config"], file["in/image"]
+    model = BidirectionalEBT(**image_model_arguments(config), landscapes=config["n_steps"])
     load_weights(model, file)
     compare(case, "weights/pos_embed", model.patch_embedding.positions, file["weights/pos_embed"])
-    chain, t = (
-        Chain(config["diffusion_steps"], config["noise_level"]),
-        torch.full((len(images),), config["diffusion_steps"] - 1),
-    )
-    start = chain.add_noise(images, t, file["in/q_noise"])
+    diffusion = GaussianDiffusion(config["diffusion_steps"], config["noise_level"])
+    last_step = torch.full((len(images),), config["diffusion_steps"] - 1)
+    start = diffusion.add_noise(images, last_step, file["in/q_noise"])
     compare(case, "out/noised", start, file["out/noised"])
-    policy = Thinking(
-        steps=config["n_steps"],
-        step_size=config["alpha_init"],
-        noise=config["langevin_dynamics_noise"],
-        random_step_size=config["randomize_mcmc_step_size_scale"],
-        detach=not config["no_mcmc_detach"],
-        truncate=config["truncate_mcmc"],
-    )
-    descent = Descent(policy).to(alpha.dtype).train()
-    with torch.no_grad():
-        descent.step_size.copy_(alpha)
+    thinking = ThinkingConfig(**thinking_arguments(config))
+    descent = build_descent(thinking, file)
     space = ImageSpace(model.patch_embedding, config["channels"], config["image_size"])
-    flat = {
-        name: file[name].flatten(axis) for name, axis in (("in/noise", 2), ("in/step_size_uniform", 1)) if name in file
-    }
-    objective = Objective(steps="last" if config["truncate_mcmc"] else "mean")
+    first_pixel_axis = {"in/noise": 2, "in/step_size_uniform": 1}
+    random_numbers = {name: file[name].flatten(axis) for name, axis in first_pixel_axis.items() if name in file}
+    objective = ImageObjectiveConfig(steps="last" if config["truncate_mcmc"] else "mean")
     outcome = restoration_objective(
         model,
         space,
         descent,
         images.flatten(1),
         start.flatten(1),
-        GivenNumbers(flat),
+        FixtureRandomKeys(random_numbers),
         objective,
         config["step_indices"],
-        keep="all",
+        keep_candidates="all",
     )
     for k, energies in enumerate(outcome.trace.energies):
         compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
     for k, candidate in enumerate(outcome.trace.candidates[1:]):
-        compare(case, f"out/pred.{k}", space.images(candidate), file[f"out/pred.{k}"])
+        compare(case, f"out/pred.{k}", space.to_images(candidate), file[f"out/pred.{k}"])
     for k, loss in enumerate(outcome.step_losses):
         compare(case, f"out/step_loss.{k}", loss, file[f"out/step_loss.{k}"])
     compare(case, "out/loss", outcome.loss, file["out/loss"])
-    if "debug/patch_energy.0" in file and not policy.noise:
-        compare(
-            case,
-            "debug/patch_energy.0",
-            model.given(model.observe(len(images))).per_patch(space.embed(space.enter(start.flatten(1))), 0),
-            file["debug/patch_energy.0"],
-        )
+    if "debug/patch_energy.0" in file and not thinking.noise:
+        energy = model.condition_on(model.observe(len(images)))
+        patch_energies = energy.patch_energies(space.embed(space.enter(start.flatten(1))), 0)
+        compare(case, "debug/patch_energy.0", patch_energies, file["debug/patch_energy.0"])
     outcome.loss.backward()
-    check_gradients(case, file, neutral_names(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
+    check_gradients(case, file, map_parameters(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
 
 
 def check_dit(case, file):
     config, images, t, noise = case["config"], file["in/image"], file["in/t"].long(), file["in/q_noise"]
-    model, chain = DiT(**image_shape(config)), Chain(config["diffusion_steps"], config["noise_level"])
+    model = DiT(**image_model_arguments(config))
+    diffusion = GaussianDiffusion(config["diffusion_steps"], config["noise_level"])
     load_weights(model, file)
-    compare(case, "out/q_sample", chain.add_noise(images, t, noise), file["out/q_sample"])
+    compare(case, "out/q_sample", diffusion.add_noise(images, t, noise), file["out/q_sample"])
     output = model(file["in/x_t"], t)
     compare(case, "out/model_output", output, file["out/model_output"])
-    squared, bound = chain.loss(output, images, file["in/x_t"], t, noise)
+    squared, bound = diffusion.mse_and_bound(output, images, file["in/x_t"], t, noise)
     compare(case, "out/mse", squared, file["out/mse"])
     compare(case, "out/vb", bound, file["out/vb"])
     loss = (squared + bound).mean()
     compare(case, "out/loss", loss, file["out/loss"])
     loss.backward()
-    check_gradients(case, file, neutral_names(model, lambda p: p.grad))
-    first = torch.zeros_like(t)
-    faint = chain.add_noise(images, first, noise)
-    squared, bound = chain.loss(model(faint, first), images, faint, first, noise)
+    check_gradients(case, file, map_parameters(model, lambda p: p.grad))
+    first_step = torch.zeros_like(t)
+    slightly_noisy = diffusion.add_noise(images, first_step, noise)
+    squared, bound = diffusion.mse_and_bound(
+        model(slightly_noisy, first_step), images, slightly_noisy, first_step, noise
+    )
     compare(case, "out/mse_at_t0", squared, file["out/mse_at_t0"])
     compare(case, "out/vb_at_t0", bound, file["out/vb_at_t0"])
 
 
-def check_noise(case, file):
+def check_diffusion_schedule(case, file):
     for steps in case["config"]["diffusion_steps"]:
         for level in case["config"]["noise_levels"]:
-            chain, tag = Chain(steps, level), f"steps{steps}.level{level}"
-            compare(case, f"out/alphas_cumprod.{tag}", chain.alphas_cumprod, file[f"out/alphas_cumprod.{tag}"])
+            diffusion, tag = GaussianDiffusion(steps, level), f"steps{steps}.level{level}"
+            compare(case, f"out/alphas_cumprod.{tag}", diffusion.alphas_cumprod, file[f"out/alphas_cumprod.{tag}"])
             if f"out/betas.{tag}" in file:
-                compare(case, f"out/betas.{tag}", chain.betas, file[f"out/betas.{tag}"])
+                compare(case, f"out/betas.{tag}", diffusion.betas, file[f"out/betas.{tag}"])
             compare(
                 case,
                 f"out/q_sample.{tag}",
-                chain.add_noise(file["in/image"], file[f"in/t.steps{steps}"].long(), file["in/q_noise"]),
+                diffusion.add_noise(file["in/image"], file[f"in/t.steps{steps}"].long(), file["in/q_noise"]),
                 file[f"out/q_sample.{tag}"],
             )

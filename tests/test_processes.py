@@ -1,4 +1,7 @@
-"""Two processes train as one with twice the batch: same batches, same random numbers, same figures; and stop together."""
+"""Two processes train as one with twice the batch.
+
+They serve the same batches, draw the same random numbers, and reach the same metrics; and they stop together.
+"""
 
 import subprocess
 import sys
@@ -6,28 +9,30 @@ import sys
 import pytest
 import torch
 
-from ebt_nb.config.config import build_config
-from ebt_nb.runs.folders import find_runs
+from ebt_nb.config.overrides import build_config
+from ebt_nb.runs.addresses import find_runs
+from ebt_nb.training.checkpoints import read_checkpoint
 from ebt_nb.training.fit import fit
-from ebt_nb.training.base import read_checkpoint
 
-SCRIPT = """
+FIT_WITH_INTERRUPT = """
 import os, signal, sys
 import lightning.pytorch as pl
-from ebt_nb.config.config import load_config
+from ebt_nb.config.overrides import load_config
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
 
-class CtrlC(pl.Callback):
+class InterruptRankZero(pl.Callback):
     def on_before_optimizer_step(self, trainer, *arguments):
-        if trainer.global_step == 6 and trainer.global_rank == 0: os.kill(os.getpid(), signal.SIGINT)
+        if trainer.global_step == 6 and trainer.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
 
-CALLBACKS["ctrl_c"] = lambda config: CtrlC()
+CALLBACKS["interrupt"] = lambda config: InterruptRankZero()
 fit(load_config(sys.argv[1]), progress="plain")
 """
 
 
-def config(folder, processes, **changes):
+def small_config(folder, processes, **changes):
+    "A small run on so many processes, with 8 sequences in a batch of all of them."
     return build_config(
         "text/quickstart",
         {
@@ -45,7 +50,7 @@ def config(folder, processes, **changes):
             "trainer.devices": processes,
             "trainer.accelerator": "cpu",
             "trainer.threads": 1,
-            "trainer.accumulate": 2,
+            "trainer.accumulate_grad_batches": 2,
             "trainer.max_steps": 10,
             "trainer.val_every": 4,
             "trainer.val_batches": 3,
@@ -58,42 +63,24 @@ def config(folder, processes, **changes):
 
 
 def test_two_processes_are_one(tmp_path):
-    alone = fit(config(tmp_path, 1), progress="none")
-    script, both = tmp_path / "script.py", tmp_path / "both.yaml"
-    script.write_text(SCRIPT)
-    both.write_text(config(tmp_path, 2, **{"trainer.callbacks": ["ctrl_c"]}).to_yaml())
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(script),
-            str(both),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    run, *others = [found for found in find_runs(tmp_path / "runs") if found.dir != alone.dir]
+    one_process = fit(small_config(tmp_path, 1), progress="none")
+    script, config_file = tmp_path / "script.py", tmp_path / "two.yaml"
+    script.write_text(FIT_WITH_INTERRUPT)
+    config_file.write_text(small_config(tmp_path, 2, **{"trainer.callbacks": ["interrupt"]}).to_yaml())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run([*torchrun, str(script), str(config_file)], capture_output=True, text=True, timeout=120)
+    run, *others = [found for found in find_runs(tmp_path / "runs") if found.dir != one_process.dir]
     assert run.status == "interrupted" and not others, process.stderr
     checkpoint = read_checkpoint(run.checkpoint())
-    assert (checkpoint["global_step"], checkpoint["micro_steps"]) == (
-        7,
-        14,
-    )  # both ranks stopped after the update in which one was told to
-    assert (
-        "4 sequences x 16 tokens x 2 accumulated x 2 processes = 16 sequences" in (run.dir / "console.log").read_text()
-    )
-    fit(config(tmp_path, 1), run, resume=True, progress="none")  # and one process goes on
-    for ours, theirs in zip(run.metrics, alone.metrics, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"tokens_per_second"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-    for a, b in zip(
-        read_checkpoint(run.checkpoint())["state_dict"].values(),
-        read_checkpoint(alone.checkpoint())["state_dict"].values(),
-    ):
+    # Both ranks stopped after the update in which one of them was interrupted.
+    assert (checkpoint["global_step"], checkpoint["micro_steps"]) == (7, 14)
+    log = (run.dir / "console.log").read_text()
+    assert "4 sequences x 16 tokens x 2 accumulated x 2 processes = 16 sequences" in log
+    fit(small_config(tmp_path, 1), run, resume=True, progress="none")  # one process resumes
+    for resumed, expected in zip(run.metrics, one_process.metrics, strict=True):
+        assert resumed.keys() == expected.keys()
+        for name in resumed.keys() - {"tokens_per_second"}:
+            assert resumed[name] == pytest.approx(expected[name], rel=1e-4), name
+    resumed, expected = (read_checkpoint(found.checkpoint())["state_dict"] for found in (run, one_process))
+    for a, b in zip(resumed.values(), expected.values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"The project as a whole: notebooks and package agree, the README is current, the package can be built, installed and used without a checkout."
+"The project as a whole: notebooks and package agree, the README is current, the package can be built and installed."
 
 import os
 import re
@@ -27,21 +27,28 @@ TOP = [
     "constraints.txt",
     "environment.yml",
 ]
-LEFT_OUT = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.tmp~", "runs", "fixtures")
+IGNORED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.tmp~", "fixtures")
+
+
+def ignored_files(folder, names):
+    "What a copy of the checkout leaves out, for shutil.copytree: caches, fixtures and the runs of notebooks."
+    runs = {"runs"} if Path(folder).name in ("experiments", "tutorials") else set()
+    return IGNORED(folder, names) | runs
 
 
 @pytest.fixture
 def copy(root, tmp_path):
-    "A copy of the checkout that a test may spoil."
+    "A copy of the checkout that a test may change."
     for name in TOP:
         if (root / name).is_dir():
-            shutil.copytree(root / name, tmp_path / "copy" / name, ignore=LEFT_OUT)
+            shutil.copytree(root / name, tmp_path / "copy" / name, ignore=ignored_files)
         else:
             shutil.copy(root / name, tmp_path / "copy" / name)
     return tmp_path / "copy"
 
 
 def call(*words, **options):
+    "Run a command and return its output; it must succeed."
     done = subprocess.run(list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -50,8 +57,8 @@ def call(*words, **options):
 # Notebooks, package, README
 
 
-def contents(folder):
-    "Every file of notebooks and package."
+def read_files(folder):
+    "Return the content of every file of notebooks and package, by path."
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for part in ("nbs", "ebt_nb")
@@ -60,29 +67,29 @@ def contents(folder):
     }
 
 
-def out_of_step(folder):
-    "The files that exporting and cleaning change, in a copy of a checkout."
-    before, scripts = contents(folder), Path(sys.executable).parent
+def files_that_disagree(folder):
+    "Return the files that exporting and cleaning change, in a copy of a checkout."
+    before, scripts = read_files(folder), Path(sys.executable).parent
     for command in ("nbdev_export", "nbdev_clean"):
         call(scripts / command, cwd=folder)
-    after = contents(folder)
+    after = read_files(folder)
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 @pytest.mark.agreement
 def test_notebooks_are_clean_and_the_package_is_what_they_export(copy):
-    found = out_of_step(copy)
-    assert not found, f"run nbdev_export and nbdev_clean, then look at what changed in {', '.join(found)}"
+    changed = files_that_disagree(copy)
+    assert not changed, f"run nbdev_export and nbdev_clean, then look at what changed in {', '.join(changed)}"
 
 
 @pytest.mark.agreement
 def test_a_hand_edited_module_and_an_unclean_notebook_are_found(copy):
-    out_of_step(copy)
+    files_that_disagree(copy)
     (copy / "ebt_nb/runs/folders.py").write_text((copy / "ebt_nb/runs/folders.py").read_text() + "\nnew = 1\n")
-    book = nbformat.read(copy / "nbs/config/00_config.ipynb", as_version=4)
+    book = nbformat.read(copy / "nbs/config/00_errors.ipynb", as_version=4)
     next(cell for cell in book.cells if cell.cell_type == "code").execution_count = 7
-    nbformat.write(book, copy / "nbs/config/00_config.ipynb")
-    assert out_of_step(copy) == ["ebt_nb/runs/folders.py", "nbs/config/00_config.ipynb"]
+    nbformat.write(book, copy / "nbs/config/00_errors.ipynb")
+    assert files_that_disagree(copy) == ["ebt_nb/runs/folders.py", "nbs/config/00_errors.ipynb"]
 
 
 @pytest.mark.agreement
@@ -100,7 +107,7 @@ def test_a_stale_readme_is_found(copy, capsys):
 
 
 @pytest.mark.agreement
-def test_links_of_the_readme_lead_somewhere(root):
+def test_links_of_the_readme_exist(root):
     links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", (root / "README.md").read_text())
     assert links and [link for link in links if not (root / link).exists()] == []
 
@@ -133,7 +140,7 @@ def test_builds(root, with_a_job):
         ("ebt_nb", "ebt_nb"),
         ("nbs/experiments", "ebt_nb/experiments"),
         ("job_scripts/slurm_headers", "ebt_nb/slurm_headers"),
-    ]:  # the wheel was built from the source archive, so both are complete
+    ]:  # the wheel was built from the source archive, so this checks both
         expected = {
             p.relative_to(with_a_job / folder).as_posix()
             for p in (with_a_job / folder).rglob("*")
@@ -142,16 +149,16 @@ def test_builds(root, with_a_job):
         assert expected and {f"{inside}/{name}" for name in expected} <= files
     assert {name.split("/")[0] for name in files} == {"ebt_nb", "ebt_workbench-0.1.0.dist-info"}
     assert any(name.endswith("LICENSE") for name in files)
-    top = {name.split("/")[1] for name in tarfile.open(source).getnames() if "/" in name}
+    with tarfile.open(source) as archive:
+        top = {name.split("/")[1] for name in archive.getnames() if "/" in name}
     assert set(TOP) <= top
 
 
 def test_installed_without_a_checkout(with_a_job, tmp_path):
     venv.create(tmp_path / "fresh", with_pip=False)
     [site] = (tmp_path / "fresh/lib").glob("python3*/site-packages")
-    (site / "others.pth").write_text(
-        str(Path(nbformat.__file__).parents[1])
-    )  # what ebt_nb needs is borrowed; ebt_nb itself is not: links within are not followed
+    # The packages that ebt_nb needs are taken from here. ebt_nb itself is not: .pth files within are not followed.
+    (site / "others.pth").write_text(str(Path(nbformat.__file__).parents[1]))
     (tmp_path / "fresh/share").mkdir()
     (tmp_path / "fresh/share/jupyter").symlink_to(Path(sys.prefix) / "share/jupyter")  # nbconvert's templates
     python = tmp_path / "fresh/bin/python"
@@ -181,12 +188,11 @@ def test_installed_without_a_checkout(with_a_job, tmp_path):
     assert f"exec {tmp_path}/fresh/bin/ebt run tiny" in call(
         tmp_path / "fresh/bin/ebt", "submit", "tiny", "--cluster", "local_cpu", "--dry-run", cwd=empty
     )
-    assets = call(
-        python,
-        "-c",
-        "from importlib.resources import files; print(*sorted(p.name for p in (files('ebt_nb') / 'assets/tokenizers').iterdir()))",
-        cwd=empty,
+    list_tokenizers = (
+        "from importlib.resources import files\n"
+        "print(*sorted(path.name for path in (files('ebt_nb') / 'assets/tokenizers').iterdir()))"
     )
+    assets = call(python, "-c", list_tokenizers, cwd=empty)
     assert assets.split() == ["austen_bpe_2k.json", "austen_bpe_8k.json", "gpt_neox_20b.json.gz"]
 
 
@@ -194,7 +200,7 @@ def test_installed_without_a_checkout(with_a_job, tmp_path):
 
 
 def fake_checkout(root, folder):
-    "A checkout with setup.sh and files that stand for the project's."
+    "Make a checkout with setup.sh and empty files in place of the project's; return the path of setup.sh."
     (folder / "job_scripts").mkdir(parents=True)
     shutil.copy(root / "job_scripts/setup.sh", folder / "job_scripts")
     for name in ("settings.ini", "setup.py", "constraints.txt"):
@@ -202,7 +208,7 @@ def fake_checkout(root, folder):
     return folder / "job_scripts/setup.sh"
 
 
-def test_setup_needs_a_python_that_is_new_enough(root, tmp_path):
+def test_setup_refuses_an_old_python(root, tmp_path):
     script, bin = fake_checkout(root, tmp_path / "checkout"), tmp_path / "bin"
     bin.mkdir()
     for name in ("dirname", "cat", "cksum", "grep"):
@@ -219,18 +225,20 @@ def test_setup_needs_a_python_that_is_new_enough(root, tmp_path):
 
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
-    "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$PWD/.venv" >.venv/bin/activate ;;
-    *"pip install"*) echo begun >>log; until [ -e go ]; do sleep 0.05; done; touch .venv/installed; echo ended >>log ;;
+    "-m venv --clear .venv")
+        rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$PWD/.venv" >.venv/bin/activate ;;
+    *"pip install"*)
+        echo begun >>log; until [ -e go ]; do sleep 0.05; done; touch .venv/installed; echo ended >>log ;;
     "-P -") test -e .venv/installed ;;
 esac
 """
 
 
-@pytest.mark.skipif(not shutil.which("flock"), reason="without flock (util-linux) setups are not kept apart")
-def test_of_two_setups_at_once_the_second_waits_and_finds_the_work_done(root, tmp_path):
+@pytest.mark.skipif(not shutil.which("flock"), reason="setups are only serialised where there is flock (util-linux)")
+def test_second_of_two_parallel_setups_waits_and_finds_the_work_done(root, tmp_path):
     script, bin, folder = fake_checkout(root, tmp_path / "checkout"), tmp_path / "bin", tmp_path / "checkout"
     bin.mkdir()
-    (bin / "python3.11").write_text(FAKE_PYTHON)  # its installation goes on until there is a file `go`
+    (bin / "python3.11").write_text(FAKE_PYTHON)  # its installation lasts until there is a file `go`
     (bin / "python3.11").chmod(0o755)
 
     def start():
@@ -247,10 +255,10 @@ def test_of_two_setups_at_once_the_second_waits_and_finds_the_work_done(root, tm
     try:
         assert "making .venv" in first.stdout.readline() and "installing" in first.stdout.readline()
         second = start()
-        said = second.stdout.readline()
+        message = second.stdout.readline()
     finally:
         (folder / "go").touch()
-    assert "waiting for another setup" in said
+    assert "waiting for another setup" in message
     for setup in (first, second):
         assert setup.wait(timeout=60) == 0
     assert "ready" in first.stdout.read() and second.stdout.read() == ""

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
+from reports import check_report, count_figures
 
-from ebt_nb.config.config import load_config
+from ebt_nb.config.overrides import load_config
 from ebt_nb.runs.folders import Run
 
 TOY = {
@@ -22,7 +22,7 @@ TOY = {
     "trainer.checkpoint_every": 3,
     "trainer.log_every": 1,
     "trainer.threads": 1,
-    "inference.max_new_tokens": 5,
+    "generation.max_new_tokens": 5,
 }
 
 
@@ -52,44 +52,53 @@ def job(tmp_path_factory):
 def test_two_runs_that_differ_in_the_model_alone(job):
     runs = {name: Run.open(job[1] / name) for name in ("ebt", "transformer")}
     assert {run.status for run in runs.values()} == {"done"}
-    trees = {name: load_config(run.dir / "config.yaml").model_dump() for name, run in runs.items()}
-    assert (trees["ebt"]["model"].pop("kind"), trees["transformer"]["model"].pop("kind")) == ("ebt", "transformer")
-    assert trees["ebt"] == trees["transformer"]
+    keys = {}
+    for name, run in runs.items():
+        sections = load_config(run.dir / "config.yaml").sections
+        keys[name] = {f"{title}.{key}": value for title, section in sections.items() for key, value in section}
+    assert (keys["ebt"].pop("model.kind"), keys["transformer"].pop("model.kind")) == ("ebt", "transformer")
+    assert len(keys["transformer"]) > 40
+    assert {key: keys["ebt"][key] for key in keys["transformer"] if key in keys["ebt"]} == keys["transformer"]
     for run in runs.values():
         assert [row["step"] for row in run.metrics if "val/loss" in row] == [3, 6]
         assert run.checkpoint("best").exists() and run.checkpoint("last").exists()
 
 
 def test_report_shows_what_was_promised(job):
-    report = nbformat.read(job[1] / "report.ipynb", 4)
-    figures = sum("image/png" in output.get("data", {}) for cell in report.cells for output in cell.get("outputs", []))
-    assert figures >= 7 and (job[1] / "report.html").read_text().count("<img") >= figures
-    headings = [
-        line
-        for cell in report.cells
-        if cell.cell_type == "markdown"
-        for line in cell.source.splitlines()
-        if line.startswith("## ")
-    ]
+    report = check_report(job[1])
+    num_figures = count_figures(report)
+    assert num_figures >= 8 and (job[1] / "report.html").read_text().count("<img") >= num_figures
+    sources = [cell.source for cell in report.cells if cell.cell_type == "markdown"]
+    headings = [line for source in sources for line in source.splitlines() if line.startswith("## ")]
     assert headings == [
-        f"## {h}"
-        for h in (
+        f"## {heading}"
+        for heading in (
+            "About this notebook",
             "Training",
             "Learning curves",
             "What thinking gains",
-            "One prediction, thought step by step",
+            "One prediction, step by step",
             "The energy around it",
-            "Energy against surprise",
+            "Energy and negative log-likelihood",
             "Easy and uncertain tokens",
             "A sample",
-            "In short",
         )
     ]
 
 
+def test_summary_speaks_of_this_run(job):
+    "The losses in the first output of the report are those in the metrics of its runs."
+    summary = check_report(job[1]).cells[1].outputs[0].data["text/markdown"]
+    losses = {}
+    for name in ("ebt", "transformer"):
+        losses[name] = [row for row in Run.open(job[1] / name).metrics if "val/loss" in row][-1]["val/loss"]
+        assert f"{losses[name]:.3f}" in summary and f"{losses[name]:.4f}" in summary
+    assert f"{losses['ebt'] / losses['transformer']:.3f} times the baseline's" in summary
+
+
 def test_terminal_ends_with_the_table_and_the_report(job):
     done, folder = job
-    *_, table, last = done.stdout.strip().split("\n\n")
+    *_, last = done.stdout.strip().split("\n\n")
     assert last.strip() == f"report: {folder / 'report.html'}"
     summary = (folder / "summary.txt").read_text().strip()
     assert summary in done.stdout
@@ -97,4 +106,4 @@ def test_terminal_ends_with_the_table_and_the_report(job):
     for name, row in rows.items():
         metrics = [r for r in Run.open(folder / name).metrics if "val/loss" in r][-1]
         assert row[:2] == [f"{metrics['val/loss']:.4f}", f"{metrics['val/bits_per_character']:.4f}"]
-    assert "step" in done.stdout and "tokens/s" in done.stdout  # progress while it worked
+    assert "step" in done.stdout and "tokens/s" in done.stdout  # progress during training

@@ -1,4 +1,4 @@
-"Run folders under permissions, races and kills."
+"Run folders without permission, in races, and killed while they are written."
 
 import os
 import shutil
@@ -11,26 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from ebt_nb.config.config import build_config
-from ebt_nb.jobs.bookkeeping import leftovers, remove
-from ebt_nb.runs.folders import (
-    MetricsFile,
-    Run,
-    RunError,
-    find_run,
-    find_runs,
-    may_be_at_work,
-    read_metrics,
-    read_status,
-)
+from ebt_nb.config.overrides import build_config
+from ebt_nb.jobs.cleanup import find_leftovers, remove_leftover
+from ebt_nb.runs.addresses import find_run, find_runs
+from ebt_nb.runs.files import RunError
+from ebt_nb.runs.folders import Run
+from ebt_nb.runs.metrics import MetricsFile, read_metrics
+from ebt_nb.runs.status import may_be_running, read_status
 
 
-def quickstart(runs_dir, **changes):
+def quickstart_config(runs_dir, **changes):
     return build_config("text/quickstart", {"run.runs_dir": str(runs_dir)} | changes)
 
 
 @pytest.fixture
-def forbidden():
+def read_only_folder():
     "A folder that may be read but not written; permissions hold within the test, also for the superuser."
     folder = Path(tempfile.mkdtemp())
     (folder / "closed").mkdir(mode=0)
@@ -43,76 +38,88 @@ def forbidden():
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("place", ["runs", "a/b/runs", "closed/runs"])
-def test_folder_without_permission(forbidden, place):
-    with pytest.raises(RunError, match="Permission denied.*--runs-dir or run.runs_dir"):
-        Run.create(quickstart(forbidden / place))
-    assert os.listdir(forbidden) == ["closed"]
+@pytest.mark.parametrize("subfolder", ["runs", "a/b/runs", "closed/runs"])
+def test_a_folder_without_permission_is_refused(read_only_folder, subfolder):
+    with pytest.raises(RunError, match=r"Permission denied.*--runs-dir or run.runs_dir"):
+        Run.create(quickstart_config(read_only_folder / subfolder))
+    assert os.listdir(read_only_folder) == ["closed"]
 
 
-def test_status_of_a_run_that_became_read_only_stays(tmp_path, monkeypatch):
-    run = Run.create(quickstart(tmp_path))
-    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(RunError, match="status.json: cannot be written"):
+def test_the_status_of_a_run_that_became_read_only_stays(tmp_path, monkeypatch):
+    run = Run.create(quickstart_config(tmp_path))
+
+    def deny(*paths):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", deny)
+    with pytest.raises(RunError, match=r"status.json: cannot be written"):
         run.set_status("done")
-    assert run.status == "running" and sorted(p.name for p in run.dir.iterdir()) == [
-        "checkpoints",
-        "config.yaml",
-        "figures",
-        "status.json",
-    ]
+    assert run.status == "running"
+    assert sorted(path.name for path in run.dir.iterdir()) == ["checkpoints", "config.yaml", "figures", "status.json"]
 
 
-MANY = """
+CREATE_RUNS = """
 import sys
-from ebt_nb.config.config import build_config
+from ebt_nb.config.overrides import build_config
 from ebt_nb.runs.folders import Run
-for i in range(20): print(Run.create(build_config("text/quickstart", {"run.runs_dir": sys.argv[1]})).dir)
+config = build_config("text/quickstart", {"run.runs_dir": sys.argv[1]})
+for i in range(20): print(Run.create(config).dir)
+"""
+CREATE_FAILED_RUNS_AND_DIE = """
+import os, signal
+for i in range(5): Run.create(config).set_status("failed")
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_jobs_started_at_once_never_share_a_folder(tmp_path):
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", MANY, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
+def start_script(script, *arguments):
+    "Start a Python script; its output can be read."
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_jobs_started_at_the_same_moment_never_share_a_folder(tmp_path):
+    jobs = [start_script(CREATE_RUNS, tmp_path) for _ in range(4)]
     folders = [line for job in jobs for line in job.communicate()[0].split()]
-    assert all(job.returncode == 0 for job in jobs) and len(folders) == len(set(folders)) == 80
+    assert all(job.returncode == 0 for job in jobs)
+    assert len(folders) == len(set(folders)) == 80
     assert {str(run.dir) for run in find_runs(tmp_path)} == set(folders)
     assert not list(tmp_path.rglob("*.tmp~"))
 
 
-WRITING = """
+WRITE_FOREVER = """
 import sys
-from ebt_nb.runs.folders import MetricsFile, Run
+from ebt_nb.runs.folders import Run
+from ebt_nb.runs.metrics import MetricsFile
 run = Run.open(sys.argv[1])
 metrics = MetricsFile(run.dir / "metrics.csv")
 for step in range(1, 10**9):
-    metrics.append({"step": step, f"figure_{step // 50}": 1 / step})
+    metrics.append({"step": step, f"metric_{step // 50}": 1 / step})
     run.set_status("running", step=step)
-    if step == 100: print("going", flush=True)
+    if step == 100: print("writing", flush=True)
 """
 
 
-def test_killed_while_writing_leaves_whole_files(tmp_path):
-    run = Run.create(quickstart(tmp_path))
-    job = subprocess.Popen([sys.executable, "-c", WRITING, str(run.dir)], stdout=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "going\n"
+def test_a_kill_while_writing_leaves_complete_files(tmp_path):
+    run = Run.create(quickstart_config(tmp_path))
+    job = start_script(WRITE_FOREVER, run.dir)
+    assert job.stdout.readline() == "writing\n"
     time.sleep(0.05)
     job.send_signal(signal.SIGKILL)
     job.communicate()
     rows = read_metrics(run.dir / "metrics.csv")
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 100
-    assert all(row[f"figure_{row['step'] // 50}"] == 1 / row["step"] for row in rows)
+    assert len(rows) >= 100
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert all(row[f"metric_{row['step'] // 50}"] == 1 / row["step"] for row in rows)
     assert read_status(run.dir)["step"] in (len(rows), len(rows) - 1)
     metrics = MetricsFile(run.dir / "metrics.csv")
-    metrics.cut(80)
-    metrics.append({"step": 81, "figure_1": 1 / 81})
+    metrics.drop_rows_after(80)
+    metrics.append({"step": 81, "metric_1": 1 / 81})
     assert read_metrics(run.dir / "metrics.csv") == rows[:81]
 
 
 def test_a_run_that_cannot_be_read_is_named(tmp_path):
-    run = Run.create(quickstart(tmp_path))
+    run = Run.create(quickstart_config(tmp_path))
     (run.dir / "status.json").write_text("{")
     with pytest.raises(RunError, match=f"{run.dir}/status.json: not the status of a run"):
         find_runs(tmp_path)
@@ -122,41 +129,35 @@ def test_a_run_that_cannot_be_read_is_named(tmp_path):
         find_run("text/quickstart", tmp_path)
 
 
-def test_clearing_away_while_runs_are_made_takes_none_of_them(tmp_path):
-    "Four processes make runs and mark them done while leftovers are listed and removed again and again."
-    jobs = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                MANY
-                + "\nimport os, signal\n[Run.create(build_config('text/quickstart', {'run.runs_dir': sys.argv[1]})).set_status('failed') for _ in range(5)]\nos.kill(os.getpid(), signal.SIGKILL)",
-                str(tmp_path),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    removed = 0
+def test_leftovers_are_removed_while_runs_are_created(tmp_path):
+    "Two processes create runs and mark some as failed, while failed runs are listed and removed again and again."
+
+    def remove_failed_runs():
+        return sum(remove_leftover(one, tmp_path) for one in find_leftovers(tmp_path, ["failed"], hours=0))
+
+    jobs = [start_script(CREATE_RUNS + CREATE_FAILED_RUNS_AND_DIE, tmp_path) for _ in range(2)]
+    num_removed = 0
     while any(job.poll() is None for job in jobs):
-        removed += sum(remove(one, tmp_path) for one in leftovers(tmp_path, ["failed"], hours=0))
+        num_removed += remove_failed_runs()
     for job in jobs:
         job.communicate()
-    removed += sum(remove(one, tmp_path) for one in leftovers(tmp_path, ["failed"], hours=0))
-    left = find_runs(tmp_path)
-    assert removed == 10 and len(left) == 40 and {run.status for run in left} == {"running"}  # killed, and said nothing
-    assert {one.why for one in leftovers(tmp_path, ["empty"], hours=0)} == {
-        "ended without a figure or a checkpoint"
-    } and not list(tmp_path.rglob("*.tmp~"))
+    num_removed += remove_failed_runs()
+    remaining = find_runs(tmp_path)
+    assert num_removed == 10 and len(remaining) == 40
+    assert {run.status for run in remaining} == {"running"}  # their processes were killed, and could not write it
+    reasons = {one.reason for one in find_leftovers(tmp_path, ["empty"], hours=0)}
+    assert reasons == {"ended without a metric or a checkpoint"}
+    assert not list(tmp_path.rglob("*.tmp~"))
 
 
-def test_a_killed_run_is_told_from_one_at_work(tmp_path):
-    run = Run.create(quickstart(tmp_path))
-    assert read_status(run.dir)["process"]["pid"] == os.getpid() and may_be_at_work(read_status(run.dir))
-    job = subprocess.Popen([sys.executable, "-c", WRITING, str(run.dir)], stdout=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "going\n"
-    assert read_status(run.dir)["process"]["pid"] == job.pid and may_be_at_work(read_status(run.dir))
+def test_a_killed_run_is_distinguished_from_a_running_one(tmp_path):
+    run = Run.create(quickstart_config(tmp_path))
+    assert read_status(run.dir)["process"]["pid"] == os.getpid()
+    assert may_be_running(read_status(run.dir))
+    job = start_script(WRITE_FOREVER, run.dir)
+    assert job.stdout.readline() == "writing\n"
+    assert read_status(run.dir)["process"]["pid"] == job.pid
+    assert may_be_running(read_status(run.dir))
     job.send_signal(signal.SIGKILL)
     job.communicate()
-    assert run.status == "running" and not may_be_at_work(read_status(run.dir))
+    assert run.status == "running" and not may_be_running(read_status(run.dir))

@@ -1,4 +1,7 @@
-"Clearing away beside a real Slurm: what waits in its queue, for the first time or again, is left alone; what has left it is not."
+"""`ebt runs clean` with a real Slurm.
+
+What waits in its queue, for the first time or again, is left alone; what has left the queue is not.
+"""
 
 import json
 import subprocess
@@ -8,52 +11,56 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "slurm"))
-from cluster import Cluster, missing  # noqa: E402
+from cluster import Cluster, missing_requirement
 
-from ebt_nb.config.config import build_config  # noqa: E402
-from ebt_nb.runs.folders import Run, find_runs, read_status  # noqa: E402
+from ebt_nb.config.overrides import build_config
+from ebt_nb.runs.addresses import find_runs
+from ebt_nb.runs.folders import Run
+from ebt_nb.runs.status import read_status
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 EBT = Path(sys.executable).with_name("ebt")
-RUN = """#!/usr/bin/env bash
+JOB_SCRIPT = """#!/usr/bin/env bash
 #SBATCH --output={folder}/log-%j.txt
 {python} - <<'HERE'
 import time
-from ebt_nb.config.config import build_config
+from ebt_nb.config.overrides import build_config
 from ebt_nb.runs.folders import Run
 Run.create(build_config("text/quickstart", {{"run.runs_dir": "{folder}/runs", "run.name": "victim"}}))
-time.sleep(600)
+time.sleep(3600)
 HERE
 """
 
 
-def test_the_queue_is_asked(tmp_path):
+def find_leftovers(folder, environment):
+    "Name of the run -> rule, of what `ebt runs clean` lists below a folder."
+    command = [EBT, "runs", "clean", "--what", "all", "--hours", "0", "--runs-dir", folder, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {Path(leftover["path"]).parent.name: leftover["rule"] for leftover in json.loads(done.stdout)}
+
+
+def test_jobs_in_the_queue_are_left_alone(tmp_path):
+    runs_dir = tmp_path / "runs"
+    (tmp_path / "job.sh").write_text(JOB_SCRIPT.format(folder=tmp_path, python=sys.executable))
     with Cluster(tmp_path / "slurm") as cluster:
 
-        def clean():
-            done = subprocess.run(
-                [EBT, "runs", "clean", "--what", "all", "--hours", "0", "--runs-dir", tmp_path / "runs", "--json"],
-                env=cluster.environment,
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr
-            return {Path(one["path"]).parent.name: one["rule"] for one in json.loads(done.stdout)}
+        def leftovers():
+            return find_leftovers(runs_dir, cluster.environment)
 
-        (tmp_path / "job.sh").write_text(RUN.format(folder=tmp_path, python=sys.executable))
-        working = cluster.call("sbatch", "--parsable", "--requeue", tmp_path / "job.sh").strip()
-        cluster.until(lambda: len(find_runs(tmp_path / "runs")) == 1, "the job does not begin", 60)
-        [run] = find_runs(tmp_path / "runs")
-        assert read_status(run.dir)["job"].split(".")[0] == working and clean() == {}
-        held = cluster.call("sbatch", "--parsable", "--hold", tmp_path / "job.sh").strip()
-        waiting = Run.create(
-            build_config("text/quickstart", {"run.runs_dir": str(tmp_path / "runs"), "run.name": "waiting"})
-        )
+        running = cluster.run("sbatch", "--parsable", "--requeue", tmp_path / "job.sh").strip()
+        cluster.wait_until(lambda: len(find_runs(runs_dir)) == 1, "the job does not begin")
+        [run] = find_runs(runs_dir)
+        assert read_status(run.dir)["job"].split(".")[0] == running
+        assert leftovers() == {}
+        held = cluster.run("sbatch", "--parsable", "--hold", tmp_path / "job.sh").strip()
+        waiting = Run.create(build_config("text/quickstart", {"run.runs_dir": str(runs_dir), "run.name": "waiting"}))
         waiting.set_status("interrupted", job=f"{held}.0")  # as a job that is to be started again
-        assert clean() == {}
-        cluster.call("scontrol", "requeuehold", working)  # killed, and waits to be started again
-        cluster.until(lambda: cluster.jobs(working)[0]["JobState"] == "PENDING", "the job is not queued again", 60)
-        assert run.status == "running" and clean() == {}
-        cluster.call("scancel", working, held)
-        cluster.until(lambda: not cluster.call("squeue", "--noheader").strip(), "the jobs do not leave the queue", 60)
-        assert clean() == {"victim": "empty", "waiting": "empty"}
+        assert leftovers() == {}
+        cluster.run("scontrol", "requeuehold", running)  # killed, and waits to be started again
+        cluster.wait_until(lambda: cluster.show_jobs(running)[0]["JobState"] == "PENDING", "the job is not requeued")
+        assert run.status == "running"
+        assert leftovers() == {}
+        cluster.run("scancel", running, held)
+        cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip(), "the jobs do not leave the queue")
+        assert leftovers() == {"victim": "empty", "waiting": "empty"}

@@ -1,4 +1,7 @@
-"""`ebt submit` without a Slurm: what is refused before anything is made, and the same scripts run here (`--cluster none`)."""
+"""`ebt submit` without a Slurm.
+
+What is refused before anything is created, and the same scripts run on this machine (`--cluster none`).
+"""
 
 import os
 import signal
@@ -11,40 +14,45 @@ import nbformat
 import pytest
 
 from ebt_nb.cli.main import main
-from ebt_nb.runs.folders import read_status
+from ebt_nb.runs.status import read_status
 
 EBT = Path(sys.executable).with_name("ebt")
 
 
+LONG = 600  # seconds after which waiting is given up
+JOB_SCRIPT = """#!/usr/bin/env bash
+#SBATCH --time=10
+#SBATCH --mem-per-cpu=1G
+touch began
+echo "got: $* ${COLOUR:-none}"
+exec sleep "${SECONDS_TO_SLEEP:-0}"
+"""
+
+
 @pytest.fixture
-def here(tmp_path):
+def folder(tmp_path):
     "A folder with a notebook, a script and nothing else."
-    first = nbformat.v4.new_code_cell(
-        'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\ngreeting = "hello"',
-        metadata=dict(tags=["parameters"]),
-    )
-    cells = [first, nbformat.v4.new_code_cell("print(greeting, overrides['optim.peak_lr'])\nassert greeting != 'bad'")]
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-        ),
-        tmp_path / "greet.ipynb",
-    )
-    (tmp_path / "job.sh").write_text(
-        '#!/usr/bin/env bash\n#SBATCH --time=10\n#SBATCH --mem-per-cpu=1G\ntouch began\necho "got: $* ${COLOUR:-none}"\nexec sleep "${SECONDS_TO_SLEEP:-0}"\n'
-    )
+    parameters = 'preset = "text/quickstart"\noverrides = {}\nrun_dir = "."\ngreeting = "hello"'
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell("print(greeting, overrides['optim.peak_lr'])\nassert greeting != 'bad'"),
+    ]
+    kernel = dict(name="python3", display_name="python3", language="python")
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
+    nbformat.write(notebook, tmp_path / "greet.ipynb")
+    (tmp_path / "job.sh").write_text(JOB_SCRIPT)
     return tmp_path
 
 
-def submit(here, *words):
-    "Exit code, output, errors."
+def submit(folder, *words):
+    "Run `ebt submit` in a folder; return exit code, output and errors."
     done = subprocess.run(
         [EBT, "submit", *map(str, words)],
-        cwd=here,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -85,42 +93,28 @@ def submit(here, *words):
         (["job.sh", "--cluster", "none", "--runs-dir", "job.sh/runs"], ["job.sh/runs", "--runs-dir"]),
     ],
 )
-def test_refused_with_nothing_made(words, parts, here, monkeypatch, capsys):
-    before = sorted(here.rglob("*"))
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("PATH", str(here))  # no Slurm to be found, whatever is installed
+def test_refused_with_nothing_created(words, parts, folder, monkeypatch, capsys):
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(folder))  # no Slurm is found, whatever is installed
     try:
         code = main(["submit", *words])
     except SystemExit as stop:
         code = stop.code
-    said = capsys.readouterr()
-    assert code == 2 and said.out == "" and all(part in said.err for part in parts), said.err
-    assert sorted(here.rglob("*")) == before
-
-
-def test_a_dry_run_shows_the_script_and_makes_nothing(here, monkeypatch, capsys):
-    before = sorted(here.rglob("*"))
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("PATH", str(here))
-    code = main(
-        [
-            "submit",
-            "job.sh",
-            "--cluster",
-            "reference_h100",
-            "--array",
-            "COLOUR=red,blue",
-            "--after",
-            "12",
-            "--sbatch",
-            "account=physics",
-            "--dry-run",
-            "--",
-            "--fast",
-        ]
-    )
     out, err = capsys.readouterr()
-    assert code == 0 and sorted(here.rglob("*")) == before and "nothing was made or sent" in err
+    assert code == 2 and out == "" and all(part in err for part in parts), err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_dry_run_shows_the_script_and_creates_nothing(folder, monkeypatch, capsys):
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(folder))
+    options = ["--cluster", "reference_h100", "--array", "COLOUR=red,blue", "--after", "12"]
+    options += ["--sbatch", "account=physics", "--dry-run"]
+    code = main(["submit", "job.sh", *options, "--", "--fast"])
+    out, err = capsys.readouterr()
+    assert code == 0 and sorted(folder.rglob("*")) == before and "nothing was created or sent" in err
     lines = out.splitlines()
     for line in (
         "#SBATCH --time=10",
@@ -130,74 +124,62 @@ def test_a_dry_run_shows_the_script_and_makes_nothing(here, monkeypatch, capsys)
         "#SBATCH --array=0-1",
         "#SBATCH --dependency=afterok:12",
         "#SBATCH --kill-on-invalid-dep=yes",
+        "    1) export COLOUR=blue; set -- --fast ;;",
     ):
         assert line in lines
-    assert (
-        "--mem=" not in out and out.count("--time=") == 1 and "    1) export COLOUR=blue; set -- --fast ;;" in lines
-    )  # the script's wins over the header's
+    assert "--mem=" not in out and out.count("--time=") == 1  # the script's options win over the header's
 
 
-def test_an_array_of_a_notebook_here(here):
-    "Tasks run one after the other; one that fails does not stop the next, and is told at the end."
-    code, out, err = submit(
-        here,
-        "greet.ipynb",
-        "--cluster",
-        "none",
-        "--array",
-        "greeting=bad,good day",
-        "-p",
-        "optim.peak_lr=1e-3",
-        "--runs-dir",
-        "runs",
-    )
-    [script] = (here / "runs").rglob("job.slurm")
-    assert (
-        code == 1
-        and f"{script}: task 0 ended with exit code 1" in err
-        and "bad 0.001" in out
-        and "good day 0.001" in out
-    )
-    assert [read_status(script.parent / f"task-{i}")["status"] for i in range(2)] == ["failed", "done"]
-    assert (script.parent / "array.tsv").read_text().splitlines() == [
-        "task\tgreeting",
-        "0\tbad",
-        "1\tgood day",
-    ] and "1) set -- -p 'greeting=good day' ;;" in script.read_text()
+def test_array_of_a_notebook_on_this_machine(folder):
+    "Tasks run one after the other; one that fails does not stop the next, and is reported at the end."
+    options = ["--array", "greeting=bad,good day", "-p", "optim.peak_lr=1e-3", "--runs-dir", "runs"]
+    code, out, err = submit(folder, "greet.ipynb", "--cluster", "none", *options)
+    [script] = (folder / "runs").rglob("job.slurm")
+    assert code == 1 and f"{script}: task 0 ended with exit code 1" in err
+    assert "bad 0.001" in out and "good day 0.001" in out
+    assert [read_status(script.parent / f"task-{index}")["status"] for index in range(2)] == ["failed", "done"]
+    assert (script.parent / "array.tsv").read_text().splitlines() == ["task\tgreeting", "0\tbad", "1\tgood day"]
+    assert "1) set -- -p 'greeting=good day' ;;" in script.read_text()
     done = subprocess.run(
         ["bash", script],
         env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"},
-        cwd=here,
+        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONG,
     )
-    assert done.returncode == 2 and "is done there" in done.stderr
+    assert done.returncode == 2 and "is already done in it" in done.stderr
 
 
-def test_a_script_here(here):
-    code, out, err = submit(
-        here, "job.sh", "--cluster", "none", "-p", "model.size=xs", "--runs-dir", "runs", "--", "two words"
-    )
-    [script] = (here / "runs/job").rglob("job.slurm")
-    assert (
-        (code, out) == (0, "got: two words -p model.size=xs none\n")
-        and str(script) in err
-        and "#SBATCH --time=10" in script.read_text()
-    )
+def test_script_on_this_machine(folder):
+    options = ["--cluster", "none", "-p", "model.size=xs", "--runs-dir", "runs"]
+    code, out, err = submit(folder, "job.sh", *options, "--", "two words")
+    [script] = (folder / "runs/job").rglob("job.slurm")
+    assert (code, out) == (0, "got: two words -p model.size=xs none\n")
+    assert str(script) in err and "#SBATCH --time=10" in script.read_text()
 
 
-def test_a_script_here_is_told_to_stop(here):
+def has_handler(process, number):
+    "Whether a process has installed a handler for a signal, as Linux sees it."
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_sigterm_reaches_a_script_on_this_machine(folder):
     process = subprocess.Popen(
         [EBT, "submit", "job.sh", "--cluster", "none"],
-        cwd=here,
-        env=os.environ | {"SECONDS_TO_SLEEP": "60"},
+        cwd=folder,
+        env=os.environ | {"SECONDS_TO_SLEEP": "3600"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline().startswith("got:")
-    time.sleep(0.2)
+    deadline = time.monotonic() + LONG
+    while not has_handler(process, signal.SIGTERM):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 1 and "ended with exit code -15" in err

@@ -1,4 +1,4 @@
-"""What goes wrong around training: one clear message each, nothing written, nothing lost."""
+"""Errors around training: one clear message each, nothing written, nothing lost."""
 
 import contextlib
 import hashlib
@@ -15,17 +15,22 @@ import pytest
 import torch
 
 import ebt_nb
-from ebt_nb.config.config import ConfigError, RunConfig, WorkbenchError, build_config
-from ebt_nb.data.text import DataError, load_tokenizer
-from ebt_nb.runs.folders import Run, RunError, read_status
+from ebt_nb.config.errors import ConfigError, WorkbenchError
+from ebt_nb.config.kinds import RunConfig
+from ebt_nb.config.overrides import build_config
+from ebt_nb.data.sources import DataError
+from ebt_nb.data.tokenizers import load_tokenizer
+from ebt_nb.runs.files import RunError
+from ebt_nb.runs.folders import Run
+from ebt_nb.runs.status import read_status
 from ebt_nb.thinking.descent import DivergenceError
-from ebt_nb.training.callbacks import CALLBACKS
-from ebt_nb.training.fit import fit
 from ebt_nb.training.build import load_module
-from ebt_nb.training.base import CheckpointError, read_checkpoint
+from ebt_nb.training.callbacks import CALLBACKS
+from ebt_nb.training.checkpoints import CheckpointError, read_checkpoint
+from ebt_nb.training.fit import fit
 
 
-def tiny(folder: Path, **changes) -> RunConfig:
+def tiny_config(folder: Path, **changes) -> RunConfig:
     return build_config(
         "text/quickstart",
         {
@@ -51,61 +56,71 @@ def tiny(folder: Path, **changes) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Run:
-    return fit(tiny(tmp_path_factory.mktemp("trained") / "runs"), progress="none")
+    return fit(tiny_config(tmp_path_factory.mktemp("trained") / "runs"), progress="none")
 
 
 @pytest.fixture
 def run(trained, tmp_path) -> Run:
-    "A copy of a finished run, to be spoilt."
+    "A copy of a finished run, which a test may damage."
     subprocess.run(["cp", "-r", str(trained.dir), str(tmp_path / "run")], check=True)
     return Run.open(tmp_path / "run")
 
 
-def content(folder: Path) -> dict[str, str]:
-    "Every file below a folder, and what is in it."
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else ""
-        for p in sorted(folder.rglob("*"))
-    }
+def file_hashes(folder: Path) -> dict[str, str]:
+    "Every path below a folder, with the hash of its content."
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return hashes
 
 
 @contextlib.contextmanager
-def refused(kind: type, folder: Path, *parts: str):
-    "The block raises one error of this kind, naming all `parts`, and leaves everything below `folder` as it was."
-    before = content(folder)
+def expect_refusal(kind: type, folder: Path, *parts: str):
+    "The block raises one error of this kind, naming all `parts`, and changes nothing below `folder`."
+    before = file_hashes(folder)
     with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
     assert all(part in message for part in parts), message
-    assert isinstance(caught.value, WorkbenchError) and content(folder) == before
+    assert isinstance(caught.value, WorkbenchError)
+    assert file_hashes(folder) == before
 
 
-def resumed(run: Run, **changes):
-    return fit(
-        run.config.model_copy(deep=True) if not changes else tiny(run.dir.parent, **changes),
-        run,
-        resume=True,
-        progress="none",
-    )
+def resume(run: Run, **changes) -> Run:
+    "Resume a run, with another configuration if there are changes."
+    config = tiny_config(run.dir.parent, **changes) if changes else run.config.model_copy(deep=True)
+    return fit(config, run, resume=True, progress="none")
 
 
-@pytest.mark.parametrize("spoil", ["truncated", "empty", "text", "one byte short"])
-def test_damaged_checkpoint(run, spoil):
+def assert_equal_weights(run: Run, other: Run) -> None:
+    "The last checkpoints of two runs have the same weights, to the bit."
+    weights, expected = (read_checkpoint(one.checkpoint())["state_dict"] for one in (run, other))
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "one byte short"])
+def test_a_damaged_checkpoint_is_refused(run, damage):
     path = run.checkpoint()
     data = path.read_bytes()
-    path.write_bytes(
-        {"truncated": data[: len(data) // 2], "empty": b"", "text": b"weights, honestly", "one byte short": data[:-1]}[
-            spoil
-        ]
-    )
-    with refused(CheckpointError, run.dir, "last.ckpt", "not a checkpoint, or only part of one"):
-        resumed(run)
-    with refused(CheckpointError, run.dir, "last.ckpt", "another checkpoint"):
+    damaged = {
+        "truncated": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"these are no weights",
+        "one byte short": data[:-1],
+    }
+    path.write_bytes(damaged[damage])
+    with expect_refusal(CheckpointError, run.dir, "last.ckpt", "not a checkpoint, or only part of one"):
+        resume(run)
+    with expect_refusal(CheckpointError, run.dir, "last.ckpt", "another checkpoint"):
         load_module(path)
     assert fit(run.config, run, resume="best", progress="none").status == "done"  # the remedy works
 
 
-class Evil:
+class PickledCode:
+    "An object whose unpickling makes a folder."
+
     def __init__(self, path):
         self.path = path
 
@@ -115,30 +130,31 @@ class Evil:
 
 def test_pickled_code_is_not_run(run):
     path, proof = run.checkpoint(), run.dir.parent / "proof"
-    torch.save(read_checkpoint(path) | {"extra": Evil(proof)}, path)
-    with refused(CheckpointError, run.dir, "last.ckpt", "pickled code", "not run"):
-        resumed(run)
-    with refused(CheckpointError, run.dir, "last.ckpt", "pickled code"):
+    torch.save(read_checkpoint(path) | {"extra": PickledCode(proof)}, path)
+    with expect_refusal(CheckpointError, run.dir, "last.ckpt", "pickled code", "not run"):
+        resume(run)
+    with expect_refusal(CheckpointError, run.dir, "last.ckpt", "pickled code"):
         load_module(path)
     assert not proof.exists()
 
 
-def test_foreign_checkpoint(run):
+def test_a_checkpoint_of_another_program_is_refused(run):
     torch.save({"state_dict": {}, "epoch": 3}, run.checkpoint())
-    with refused(CheckpointError, run.dir, "last.ckpt", "no checkpoint of this workbench"):
-        resumed(run)
+    with expect_refusal(CheckpointError, run.dir, "last.ckpt", "no checkpoint of this workbench"):
+        resume(run)
 
 
-def test_tokenizer_does_not_match(run, tmp_path):
-    "The same entries in another order of bytes: as many ids, another file."
+def test_another_tokenizer_is_refused(run, tmp_path):
+    "A tokenizer with the same entries and as many ids, from a file with other bytes."
     other = tmp_path / "other.json"
-    other.write_bytes((Path(ebt_nb.__file__).parent / "assets/tokenizers/austen_bpe_2k.json").read_bytes() + b"\n")
+    embedded = Path(ebt_nb.__file__).parent / "assets/tokenizers/austen_bpe_2k.json"
+    other.write_bytes(embedded.read_bytes() + b"\n")
     config = run.config.model_copy(deep=True)
     config.data.tokenizer = str(other)
     config.data.cache_dir = tmp_path / "cache"
-    with refused(CheckpointError, run.dir, "last.ckpt", "'austen_2k'", "other.json", "data.tokenizer"):
+    with expect_refusal(CheckpointError, run.dir, "last.ckpt", "'austen_2k'", "other.json", "data.tokenizer"):
         fit(config, run, resume=True, progress="none")
-    with refused(CheckpointError, run.dir, "'austen_2k'", "other.json"):
+    with expect_refusal(CheckpointError, run.dir, "'austen_2k'", "other.json"):
         load_module(run.checkpoint(), load_tokenizer(str(other)))
     assert load_module(run.checkpoint(), load_tokenizer("austen_2k")).micro_steps == 8
 
@@ -154,23 +170,23 @@ def test_tokenizer_does_not_match(run, tmp_path):
         ),
         ({"optim.name": "lars"}, CheckpointError, ["optim.name is lars, in the checkpoint adamw", "config.yaml"]),
         (
-            {"optim.peak_lr": 0.1, "trainer.accumulate": 2},
+            {"optim.peak_lr": 0.1, "trainer.accumulate_grad_batches": 2},
             CheckpointError,
-            ["optim.peak_lr is 0.1", "trainer.accumulate is 2, in the checkpoint 1"],
+            ["optim.peak_lr is 0.1", "trainer.accumulate_grad_batches is 2, in the checkpoint 1"],
         ),
         ({"run.seed": 34}, DataError, ["seed 33", "seed 34"]),
         ({"data.context": 32}, DataError, ["other data"]),
     ],
 )
-def test_other_configuration_is_not_resumed(run, changes, kind, parts):
-    with refused(kind, run.dir, *parts):
-        resumed(run, **changes)
+def test_another_configuration_is_refused(run, changes, kind, parts):
+    with expect_refusal(kind, run.dir, *parts):
+        resume(run, **changes)
 
 
-def test_trained_run_is_not_overwritten(run):
-    with refused(RunError, run.dir, str(run.dir), "nothing is overwritten", "resume"):
+def test_a_trained_run_is_not_overwritten(run):
+    with expect_refusal(RunError, run.dir, str(run.dir), "nothing is overwritten", "resume"):
         fit(run.config, run, progress="none")
-    with refused(RunError, run.dir, "no checkpoint 'step=5'", "best, last"):
+    with expect_refusal(RunError, run.dir, "no checkpoint 'step=5'", "best, last"):
         fit(run.config, run, resume="step=5", progress="none")
 
 
@@ -190,69 +206,63 @@ def test_trained_run_is_not_overwritten(run):
         ),
     ],
 )
-def test_impossible_runs_make_no_folder(tmp_path, changes, parts):
+def test_an_impossible_run_makes_no_folder(tmp_path, changes, parts):
     (tmp_path / "here").mkdir()
-    with refused(ConfigError, tmp_path / "here", *parts):
-        fit(tiny(tmp_path / "here", **changes), progress="none")
+    with expect_refusal(ConfigError, tmp_path / "here", *parts):
+        fit(tiny_config(tmp_path / "here", **changes), progress="none")
 
 
-def test_missing_corpus_makes_no_folder(tmp_path):
+def test_a_missing_corpus_makes_no_folder(tmp_path):
     (tmp_path / "here").mkdir()
-    with refused(DataError, tmp_path / "here", "no_such_file.txt"):
-        fit(tiny(tmp_path / "here", **{"data.source": "./no_such_file.txt"}), progress="none")
+    with expect_refusal(DataError, tmp_path / "here", "no_such_file.txt"):
+        fit(tiny_config(tmp_path / "here", **{"data.source": "./no_such_file.txt"}), progress="none")
 
 
-def test_runs_dir_cannot_be_written(tmp_path):
+def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "runs").write_text("a file where a folder should be")
-    with refused(RunError, tmp_path / "here", "run.runs_dir"):
-        fit(tiny(tmp_path / "here"), progress="none")
+    with expect_refusal(RunError, tmp_path / "here", "run.runs_dir"):
+        fit(tiny_config(tmp_path / "here"), progress="none")
 
 
-def test_checkpoints_folder_cannot_be_written(run, monkeypatch):
-    "Seen before training, not at the first checkpoint."
+def test_a_checkpoints_folder_that_cannot_be_written_is_refused(run, monkeypatch):
+    "This is found before training, not at the first checkpoint."
 
-    def denied(*arguments, **options):
+    def deny(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ebt_nb.training.fit.tempfile.TemporaryFile", denied)
-    with refused(RunError, run.dir, "checkpoints: cannot be written (Permission denied)", "run.runs_dir"):
-        resumed(run)
+    monkeypatch.setattr("ebt_nb.training.run_folder.tempfile.TemporaryFile", deny)
+    with expect_refusal(RunError, run.dir, "checkpoints: cannot be written (Permission denied)", "run.runs_dir"):
+        resume(run)
 
 
 class FullDisk(pl.Callback):
-    "From an update on, no file can grow beyond a few kilobytes: figures still fit, a checkpoint does not."
+    "From update 6 on, no file can grow beyond a few kilobytes: metrics still fit, a checkpoint does not."
 
     def on_train_batch_start(self, trainer, *arguments):
         if trainer.global_step == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
-def test_disk_full_while_saving(tmp_path, monkeypatch, trained):
-    "The checkpoint before is intact, the run is marked as failed, and can be resumed when there is space again."
+def test_a_full_disk_while_saving(tmp_path, monkeypatch, trained):
+    "The checkpoint before stays, the run is marked as failed, and can be resumed when there is space again."
     monkeypatch.setitem(CALLBACKS, "full_disk", lambda config: FullDisk())
-    run = Run.create(tiny(tmp_path))
+    run = Run.create(tiny_config(tmp_path))
     try:
         with pytest.raises(CheckpointError, match=r"last.ckpt.*File too large.*intact.*resume"):
-            fit(tiny(tmp_path, **{"trainer.callbacks": ["full_disk"]}), run, progress="none")
+            fit(tiny_config(tmp_path, **{"trainer.callbacks": ["full_disk"]}), run, progress="none")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     status = read_status(run.dir)
     assert status["status"] == "failed" and "File too large" in status["error"] and status["step"] == 6
-    assert (
-        sorted(os.listdir(run.dir / "checkpoints")) == ["best.ckpt", "last.ckpt"]
-        and read_checkpoint(run.checkpoint())["global_step"] == 4
-    )
-    fit(tiny(tmp_path), run, resume=True, progress="none")
+    assert sorted(os.listdir(run.dir / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    assert read_checkpoint(run.checkpoint())["global_step"] == 4
+    fit(tiny_config(tmp_path), run, resume=True, progress="none")
     assert run.status == "done"
-    for a, b in zip(
-        read_checkpoint(run.checkpoint())["state_dict"].values(),
-        read_checkpoint(trained.checkpoint())["state_dict"].values(),
-    ):
-        assert torch.equal(a, b)
+    assert_equal_weights(run, trained)
 
 
-class Poison(pl.Callback):
+class WriteNaN(pl.Callback):
     "Puts a NaN into the weights after an update."
 
     def on_train_batch_end(self, trainer, module, *arguments):
@@ -265,27 +275,27 @@ class Poison(pl.Callback):
     "kind, parts", [("ebt", ["thinking step 0", "thinking.step_size"]), ("transformer", ["update 6", "optim.peak_lr"])]
 )
 def test_divergence_keeps_the_checkpoint_before(tmp_path, monkeypatch, kind, parts):
-    monkeypatch.setitem(CALLBACKS, "poison", lambda config: Poison())
-    run = Run.create(tiny(tmp_path, **{"model.kind": kind}))
+    monkeypatch.setitem(CALLBACKS, "write_nan", lambda config: WriteNaN())
+    run = Run.create(tiny_config(tmp_path, **{"model.kind": kind}))
     with pytest.raises(DivergenceError) as caught:
-        fit(tiny(tmp_path, **{"model.kind": kind, "trainer.callbacks": ["poison"]}), run, progress="none")
+        fit(tiny_config(tmp_path, **{"model.kind": kind, "trainer.callbacks": ["write_nan"]}), run, progress="none")
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert run.status == "failed" and load_module(run.checkpoint()).micro_steps == 4
 
 
-SCRIPT = """
+TRAIN_AND_PRESS_CTRL_C = """
 import os, signal, sys
 import lightning.pytorch as pl
 from ebt_nb.runs.folders import Run
 from ebt_nb.training.callbacks import CALLBACKS
 from ebt_nb.training.fit import fit
 
-class CtrlC(pl.Callback):
+class PressCtrlC(pl.Callback):
     def on_train_batch_start(self, trainer, *arguments):
         if trainer.global_step == 5:
             for _ in range(int(sys.argv[2])): os.kill(os.getpid(), signal.SIGINT)
 
-CALLBACKS["ctrl_c"] = lambda config: CtrlC()
+CALLBACKS["ctrl_c"] = lambda config: PressCtrlC()
 run = Run.open(sys.argv[1])
 fit(run.config, run, progress="plain")
 print("not stopped")
@@ -294,30 +304,23 @@ print("not stopped")
 
 @pytest.mark.parametrize("presses, saved", [(1, 6), (2, 4)])
 def test_ctrl_c(tmp_path, presses, saved, trained):
-    "Once: the update is finished and saved. Twice: at once. Both are resumed to the same end."
-    run = Run.create(tiny(tmp_path, **{"trainer.callbacks": ["ctrl_c"]}))
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(run.dir), str(presses)], capture_output=True, text=True, timeout=300
-    )
-    assert (
-        process.returncode != 0
-        and "not stopped" not in process.stdout
-        and f"Interrupted: {run.dir}: interrupted; resume with" in process.stderr
-    ), process.stderr
+    "Ctrl-C once finishes the update and saves; twice stops at once. Both runs are resumed to the same end."
+    run = Run.create(tiny_config(tmp_path, **{"trainer.callbacks": ["ctrl_c"]}))
+    command = [sys.executable, "-c", TRAIN_AND_PRESS_CTRL_C, str(run.dir), str(presses)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert process.returncode != 0 and "not stopped" not in process.stdout
+    assert f"JobInterrupted: {run.dir}: interrupted; resume with" in process.stderr
     assert run.status == "interrupted" and read_checkpoint(run.checkpoint())["global_step"] == saved
     assert re.search(r"SIGINT: stopping after this update", process.stdout)
-    fit(tiny(tmp_path), run, resume=True, progress="none")
+    fit(tiny_config(tmp_path), run, resume=True, progress="none")
     assert run.status == "done"
-    for a, b in zip(
-        read_checkpoint(run.checkpoint())["state_dict"].values(),
-        read_checkpoint(trained.checkpoint())["state_dict"].values(),
-    ):
-        assert torch.equal(a, b)
-    assert not any("lightning_logs" in str(p) for p in tmp_path.rglob("*")) and "warn" not in process.stderr.lower()
+    assert_equal_weights(run, trained)
+    assert not any("lightning_logs" in str(path) for path in tmp_path.rglob("*"))
+    assert "warn" not in process.stderr.lower()
 
 
 def test_fit_leaves_the_process_as_it_was(tmp_path, capfd, monkeypatch):
-    "Threads, signal handlers, random state, environment; nothing is said, and nothing lies about."
+    "Threads, signal handlers, random state and environment are unchanged; nothing is printed or left behind."
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
 
@@ -331,6 +334,7 @@ def test_fit_leaves_the_process_as_it_was(tmp_path, capfd, monkeypatch):
         )
 
     before = state()
-    fit(tiny(tmp_path), progress="none")
-    assert state() == before and sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+    fit(tiny_config(tmp_path), progress="none")
+    assert state() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
     assert "".join(capfd.readouterr()) == ""

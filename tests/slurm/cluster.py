@@ -1,8 +1,10 @@
-"""A Slurm of two nodes on this machine, from Debian's packages: real daemons on the loopback, everything else in one folder.
+"""A Slurm of two nodes on this machine, from Debian's packages: real daemons on the loopback, all files in one folder.
 
-    python tests/slurm/cluster.py      starts one, says how to use it, and stops it at Ctrl-C
+    python tests/slurm/cluster.py      starts one, prints how to use it, and stops it at Ctrl-C
 
-Needs root (munge and slurmd start jobs as whoever sent them) and `apt-get install --no-install-recommends munge slurmctld slurmd slurm-client`.
+Needs root (munge and slurmd start jobs as the user who sent them) and Slurm:
+
+    apt-get install --no-install-recommends munge slurmctld slurmd slurm-client
 """
 
 import contextlib
@@ -20,7 +22,10 @@ import time
 from pathlib import Path
 
 NODES = ("n1", "n2")
-HOSTS, MARK = Path("/etc/hosts"), "# nodes of a Slurm for tests, process"
+HOSTS = Path("/etc/hosts")
+MARK = "# nodes of a Slurm for tests, process"  # followed by the number of the process, in lines added to HOSTS
+SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+LONG = 600  # seconds after which waiting for a job is given up; a loaded machine needs much less
 CONFIGURATION = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -58,20 +63,20 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def missing() -> str | None:
-    "Why no cluster can be started here; None if one can."
-    if not (
-        absent := [
-            name
-            for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-            if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        ]
-    ):
-        return None if os.geteuid() == 0 else "a Slurm for tests can only be started by root"
-    return f"Slurm is not installed ({', '.join(absent)}); Debian and Ubuntu: apt-get install --no-install-recommends munge slurmctld slurmd slurm-client"
+def missing_requirement() -> str | None:
+    "Return why no cluster can be started here; None if one can."
+    programs = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+    absent = [name for name in programs if not shutil.which(name, path=SYSTEM_PATH)]
+    if absent:
+        return (
+            f"Slurm is not installed ({', '.join(absent)}); "
+            "Debian and Ubuntu: apt-get install --no-install-recommends munge slurmctld slurmd slurm-client"
+        )
+    return None if os.geteuid() == 0 else "a Slurm for tests can only be started by root"
 
 
 def free_ports(count: int) -> list[int]:
+    "Return numbers of ports that no process uses."
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -80,49 +85,54 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def alone(path: Path):
-    "No other cluster changes a file meanwhile."
+def exclusive_lock(path: Path):
+    "Keep the other clusters from changing a file."
     with open(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class Cluster:
-    "While entered, a cluster whose daemons are children of this process; `environment` is what makes Slurm's commands use it."
+    """A context in which a cluster runs; its daemons are children of this process.
+
+    Slurm's commands use it when they run with `environment`.
+    """
 
     def __init__(self, folder: Path):
-        self.folder, self.processes = Path(folder), []
+        self.folder = Path(folder)
+        self.processes: list[subprocess.Popen] = []
         self.configuration = self.folder / "slurm.conf"
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))
-        } | {"SLURM_CONF": str(self.configuration)}
+        self.environment = {"SLURM_CONF": str(self.configuration)}
+        for name, value in os.environ.items():
+            if not name.startswith(("SLURM_", "SBATCH_")):
+                self.environment[name] = value
 
     def __enter__(self) -> "Cluster":
         for name in ("munge", "state", "run", "log", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
-        self.configuration.write_text(
-            CONFIGURATION.format(folder=self.folder, host=socket.gethostname().partition(".")[0], ports=free_ports(3))
-        )
+        host = socket.gethostname().partition(".")[0]
+        text = CONFIGURATION.format(folder=self.folder, host=host, ports=free_ports(3))
+        self.configuration.write_text(text)
         try:
-            self.name_nodes()
+            self.add_nodes_to_hosts()
             self.start_munge()
-            self.daemon("slurmctld", "-D", "-f", self.configuration)
+            self.start_daemon("slurmctld", "-D", "-f", self.configuration)
             for node in NODES:
-                self.daemon("slurmd", "-D", "-f", self.configuration, "-N", node)
-            self.until(
-                lambda: self.call("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() == str(len(NODES)),
-                "the nodes are not idle",
-                30,
-            )
+                self.start_daemon("slurmd", "-D", "-f", self.configuration, "-N", node)
+            self.wait_until(lambda: self.count_idle_nodes() == len(NODES), "the nodes are not idle")
         except BaseException:
             self.__exit__()
             raise
         return self
 
+    def count_idle_nodes(self) -> int:
+        "Return the number of nodes that wait for jobs; 0 while the controller does not answer."
+        return int(self.run("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() or 0)
+
     def __exit__(self, *error) -> None:
         if len(self.processes) > 1:
-            self.call("scancel", "--full", "--signal=KILL", "--user=root", check=False)
-            self.call("scancel", "--user=root", check=False)
+            self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
+            self.run("scancel", "--user=root", check=False)
         for process in reversed(self.processes):
             process.terminate()
         for process in reversed(self.processes):
@@ -130,30 +140,31 @@ class Cluster:
                 process.wait(timeout=15)
             except subprocess.TimeoutExpired:
                 process.kill()
-        with alone(HOSTS):
-            HOSTS.write_text("".join(self.others_lines()))
+        with exclusive_lock(HOSTS):
+            HOSTS.write_text("".join(self.other_hosts_lines()))
 
-    def others_lines(self) -> list[str]:
-        "Lines of /etc/hosts that are not this cluster's, nor of one that was killed."
-        lines = HOSTS.read_text().splitlines(keepends=True)
-        owners = [line.partition(MARK)[2].strip() for line in lines]
-        return [
-            line
-            for line, owner in zip(lines, owners)
-            if not owner or owner != str(os.getpid()) and Path(f"/proc/{owner}").exists()
-        ]
+    def other_hosts_lines(self) -> list[str]:
+        "Return the lines of /etc/hosts that belong neither to this cluster nor to one whose process has ended."
+        kept = []
+        for line in HOSTS.read_text().splitlines(keepends=True):
+            owner = line.partition(MARK)[2].strip()
+            if not owner or (owner != str(os.getpid()) and Path(f"/proc/{owner}").exists()):
+                kept.append(line)
+        return kept
 
-    def name_nodes(self) -> None:
-        "Let the nodes' names, and this machine's, mean this machine: several processes find each other by them."
-        with alone(HOSTS):
-            before = "".join(self.others_lines()).rstrip("\n")
-            HOSTS.write_text(f"{before}\n127.0.0.1 {' '.join(NODES)} {socket.gethostname()}  {MARK} {os.getpid()}\n")
+    def add_nodes_to_hosts(self) -> None:
+        "Make the names of the nodes and of this machine mean this machine; several processes use them as addresses."
+        with exclusive_lock(HOSTS):
+            text = "".join(self.other_hosts_lines()).rstrip("\n")
+            names = " ".join([*NODES, socket.gethostname()])
+            HOSTS.write_text(f"{text}\n127.0.0.1 {names}  {MARK} {os.getpid()}\n")
 
     def start_munge(self) -> None:
+        "Start the daemon that authenticates Slurm's messages, with a key of its own."
         folder = self.folder / "munge"
         (folder / "key").write_bytes(secrets.token_bytes(64))
         (folder / "key").chmod(0o400)
-        self.daemon(
+        self.start_daemon(
             "munged",
             "--foreground",
             "--force",
@@ -163,75 +174,76 @@ class Cluster:
             f"--log-file={folder}/log",
             f"--seed-file={folder}/seed",
         )
-        self.until(lambda: (folder / "socket").exists(), "munged does not answer", 10)
+        self.wait_until(lambda: (folder / "socket").exists(), "munged does not answer")
 
-    def daemon(self, name: str, *words) -> None:
+    def start_daemon(self, name: str, *arguments) -> None:
+        "Start a program that belongs to the cluster; its output goes to log/daemons.log."
         with open(self.folder / "log" / "daemons.log", "a") as log:
-            self.processes.append(
-                subprocess.Popen(
-                    [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin"), *map(str, words)],
-                    env=self.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            process = subprocess.Popen(
+                [shutil.which(name, path=SYSTEM_PATH), *map(str, arguments)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
+        self.processes.append(process)
 
-    def until(self, condition, problem: str, seconds: float) -> None:
-        "Wait until a condition holds. Raises TimeoutError with the end of the logs."
+    def wait_until(self, condition, problem: str, seconds: float = LONG) -> None:
+        "Wait until a condition holds. Raises TimeoutError with the problem and the ends of the logs."
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                logs = "\n".join(
-                    f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
-                    for path in sorted((self.folder / "log").iterdir())
-                )
-                raise TimeoutError(f"{problem} after {seconds:g} s\n{logs}")
+                raise TimeoutError(f"{problem} after {seconds:g} s\n{self.read_log_ends()}")
             time.sleep(0.1)
 
-    def call(self, *words, check: bool = True, **options) -> str:
-        "What a command of Slurm prints."
+    def read_log_ends(self) -> str:
+        "Return the last 15 lines of each log."
+        parts = []
+        for path in sorted((self.folder / "log").iterdir()):
+            lines = path.read_text(errors="replace").splitlines()[-15:]
+            parts.append("\n".join([f"{path.name}:", *lines]))
+        return "\n".join(parts)
+
+    def run(self, *words, check: bool = True, **options) -> str:
+        "Run a command of Slurm and return what it prints. Raises RuntimeError when it fails, unless `check` is off."
         done = subprocess.run(
             list(map(str, words)),
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=LONG,
             **options,
         )
         if check and done.returncode:
             raise RuntimeError(f"{words}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def jobs(self, number: str) -> list[dict[str, str]]:
-        "What Slurm knows of a job, or of every task of an array."
-        return [
-            dict(re.findall(r"(\w+)=(\S*)", line))
-            for line in self.call("scontrol", "--oneliner", "show", "job", number).splitlines()
-        ]
+    def show_jobs(self, number: str) -> list[dict[str, str]]:
+        "Return what Slurm knows about a job, or about every task of an array."
+        lines = self.run("scontrol", "--oneliner", "show", "job", number).splitlines()
+        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
 
-    def ended(self, number: str, seconds: float = 180) -> list[dict[str, str]]:
-        "The same, once all of it has ended."
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        self.until(
-            lambda: all(job["JobState"] in over for job in self.jobs(number)),
-            f"job {number} has not ended: {[job['JobState'] for job in self.jobs(number)]}",
-            seconds,
-        )
-        return self.jobs(number)
+    def wait_for_jobs(self, number: str) -> list[dict[str, str]]:
+        "Wait until a job, or every task of an array, has ended; return what Slurm knows about them."
+        final_states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+        def have_ended() -> bool:
+            return all(job["JobState"] in final_states for job in self.show_jobs(number))
+
+        self.wait_until(have_ended, f"job {number} has not ended")
+        return self.show_jobs(number)
 
 
 if __name__ == "__main__":
-    if why := missing():
-        sys.exit(f"cluster: {why}")
+    reason = missing_requirement()
+    if reason:
+        sys.exit(f"cluster: {reason}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder)) as cluster:
-        print(
-            f"two nodes are up; in another terminal:\n    export SLURM_CONF={cluster.configuration}\nCtrl-C stops them",
-            flush=True,
-        )
+        print("two nodes are running; in another terminal:")
+        print(f"    export SLURM_CONF={cluster.configuration}\nCtrl-C stops them", flush=True)
         try:
             signal.pause()
         except KeyboardInterrupt:

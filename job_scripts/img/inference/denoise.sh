@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# How well a trained model restores noisy pictures, from a fresh checkout too: sets up .venv, then measures at the trained and the doubled noise level.
-# First the checkpoint, if not the best of the only run called `image/denoise_ebt_s1` below ./runs; all else is handed on to `ebt evaluate`, such as:
+# How well a trained model restores noisy images, at the trained and at the doubled noise level.
+# Sets up .venv first, so it works in a fresh checkout.
+# The first argument is a checkpoint (default: the best of the only run called `image/denoise_ebt_s1` below ./runs); all others are passed
+# on to `ebt evaluate`, such as:
 #   bash job_scripts/img/inference/denoise.sh image/denoise_dit:best --data emoji --limit 64 --visualize
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 checkpoint=image/denoise_ebt_s1:best
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi

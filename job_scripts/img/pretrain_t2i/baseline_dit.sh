@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The diffusion baseline (DiT) that draws pictures from captions: pictures and captions are encoded once, then it is trained as in the preset image/t2i_dit. Sets up .venv first, from a fresh checkout too.
-# Whatever is given is handed on to `ebt encode` and `ebt train`, such as: bash job_scripts/img/pretrain_t2i/baseline_dit.sh -p data.source=coco-medium -p encoder.captions=clip:openai/clip-vit-base-patch32 -p encoder.caption_width=512
+# The diffusion baseline (DiT) that generates images from captions, as in the preset image/t2i_dit.
+# Sets up .venv first, so it works in a fresh checkout; encodes images and captions once; then trains.
+# All arguments are passed on to `ebt encode` and `ebt train`, such as:
+#   bash job_scripts/img/pretrain_t2i/baseline_dit.sh -p data.source=coco-medium -p encoder.captions=clip:openai/clip-vit-base-patch32 -p encoder.caption_width=512
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 bash "$here/job_scripts/setup.sh"
 "$here/.venv/bin/ebt" encode --preset image/t2i_dit "$@"

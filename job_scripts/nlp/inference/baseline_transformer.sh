@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Text from a trained baseline (Transformer++), from a fresh checkout too: sets up .venv, then goes on from a prompt.
-# First the checkpoint, if not the best of the only run called `transformer` below ./runs; all else is handed on to `ebt generate`, such as:
+# Text from a trained baseline (Transformer++), which continues a prompt. Sets up .venv first, so it works in a fresh checkout.
+# The first argument is a checkpoint (default: the best of the only run called `transformer` below ./runs); all others are passed
+# on to `ebt generate`, such as:
 #   bash job_scripts/nlp/inference/baseline_transformer.sh text/transformer:best --prompt "It was" --tokens 60 --temperature 0.7
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 checkpoint=transformer:best
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi

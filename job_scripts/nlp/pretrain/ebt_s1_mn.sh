@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The paper's System 1 energy model on several nodes, as in the preset text/ebt_s1. Whatever is given is handed on to `ebt train`. With Slurm (nodes, and a task for each GPU, as asked for below or on the command line):
+# The paper's System 1 energy model on several nodes, trained as in the preset text/ebt_s1.
+# All arguments are passed on to `ebt train`. With Slurm, with the nodes and a task for each GPU that the options below or
+# on the command line request:
 #   sbatch --nodes=4 job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
-# Without, run this on every node, with NODES, NODE (0, 1, ...), GPUS and MASTER (host:port of node 0) set:
+# Without Slurm, run this on every node, with NODES, NODE (0, 1, ...), GPUS and MASTER (host:port of node 0) set:
 #   NODES=2 NODE=0 GPUS=8 MASTER=node0:29500 bash job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy, which lies elsewhere
+if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 bash "$here/job_scripts/setup.sh"
 if [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then

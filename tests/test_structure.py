@@ -1,0 +1,54 @@
+"The shape of the package: rooms import only from rooms below, and modules, functions and lines stay short."
+
+import json
+import re
+
+import structure
+
+
+def test_imports_go_down_and_not_in_circles():
+    found = structure.measure()
+    assert not found.modules_outside_rooms
+    assert not found.upward_imports
+    assert not found.circles
+
+
+def test_modules_functions_and_lines_are_short():
+    found = structure.measure()
+    assert not found.large_modules
+    assert not found.long_functions
+    assert not found.long_lines
+
+
+def test_a_circle_an_upward_import_and_a_long_function_are_found(tmp_path):
+    package = tmp_path / "ebt_nb"
+    for name, text in {
+        "config/sections.py": "def f():\n    from ebt_nb.jobs.launch import start\n",
+        "jobs/launch.py": "from ..config.sections import f\n" + "def start():\n" + "    x = 1\n" * 60,
+        "loose.py": "x = '" + "a" * 130 + "'\n",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    found = structure.measure(tmp_path)
+    assert found.upward_imports == ["config.sections imports jobs.launch"]
+    assert found.circles == ["config.sections -> jobs.launch -> config.sections"]
+    assert found.modules_outside_rooms == ["loose"] and found.long_lines == ["loose:1"]
+    assert found.long_functions == ["jobs.launch:start: 61 lines"]
+
+
+def test_notebooks_and_modules_that_are_mentioned_exist():
+    "Prose names notebooks as `room/NN_name` and modules as `ebt_nb.room.name`; both are there."
+    nbs, missing = structure.ROOT / "nbs", []
+    known = {str(path.relative_to(nbs).with_suffix("")) for path in nbs.rglob("*.ipynb")}
+    modules = set(structure.package_files(structure.ROOT))
+    rooms = "|".join(structure.BELOW)
+    files = [*nbs.rglob("*.ipynb"), *(structure.ROOT / "tests").glob("*.py"), structure.ROOT / "README.md"]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+        mentioned = set(re.findall(rf"\b(?:{rooms})/\d\d_\w+", text))
+        missing += [f"{path.name}: {name}" for name in mentioned - known]
+        named = set(re.findall(rf"\bebt_nb\.((?:{rooms})\.[a-z]\w+)", text))
+        missing += [f"{path.name}: ebt_nb.{name}" for name in named - modules]
+    assert not missing
