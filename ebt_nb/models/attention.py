@@ -217,5 +217,5 @@ class Attention(HeadProjections):
 def hidden_from_candidates(
     positions: Int[Tensor, "*rows cand"], num_observed: int
 ) -> Bool[Tensor, "*rows cand observed"]:
-    "Return a mask that is True (hidden) for observed tokens at or behind the candidate's position."
+    "Return a mask that is True (hidden) for observed tokens at or after the candidate's position."
     return torch.arange(num_observed, device=positions.device) >= positions[..., None]

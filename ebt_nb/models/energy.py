@@ -303,8 +303,8 @@ class ConditionalEnergy:
 def initialise_energy_model(model: EnergyTransformer) -> None:
     """Initialise a model, in place, so that the gradient of the first energies is neither vanishing nor exploding.
 
-    Embeddings of observed tokens and of candidates (or steps) share one random vector, so that a candidate attends to
-    what was observed from the start (reasons and measurements: `models/05_energy`).
+    One random vector is added to the embedding of every observed token and of every candidate (or step), so that a
+    candidate attends to what was observed from the start (reasons and measurements: `models/05_energy`).
 
     For `adaln` gates start at one and modulation at nearly nothing. For `adaln_zero` gates start at zero: each block is
     the identity.

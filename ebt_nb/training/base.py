@@ -270,7 +270,7 @@ class EnergyTrainingModule(TrainingModule):
         """Store the predictions of a batch's own rows, if there is a replay buffer.
 
         `own_batch` is the batch before `append_replayed`; replayed rows, which follow its rows in `output`, are not
-        stored again.
+        stored again. `output` must come from an objective that keeps the last candidate or all.
         """
         if self.replay is not None:
             own_predictions = output.trace.prediction[: len(own_batch["index"])].detach()
