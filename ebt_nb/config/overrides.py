@@ -120,7 +120,7 @@ def find_defaults(folder: Path | str | None = None) -> Path | None:
             return parent / DEFAULTS_FILE
     return None
 
-
+# %% ../../nbs/config/07_overrides.ipynb #106f4411
 def read_yaml_sections(path: Path | str) -> dict[str, Any]:
     "Return the sections of a YAML file, unchecked. Raises ConfigError when the file is missing or has no sections."
     path = Path(path)
@@ -134,7 +134,7 @@ def read_yaml_sections(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"{path}: a configuration has sections ({', '.join(SECTION_ORDER)}); this file has none")
     return tree
 
-
+# %% ../../nbs/config/07_overrides.ipynb #d81d5f94
 def _read_default(path: Path, key: str, value: Any) -> Any:
     fields = config_fields()
     if key not in fields or key == "run.defaults":
@@ -167,7 +167,7 @@ def load_defaults(path: Path | str) -> dict[str, Any]:
             defaults[f"{section}.{name}"] = _read_default(path, f"{section}.{name}", value)
     return defaults | {"run.defaults": str(path)}
 
-
+# %% ../../nbs/config/07_overrides.ipynb #bce4810a
 def merge_defaults(name: str | None, overrides: list[str] | dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return the overrides of preset `name` with site-wide defaults below them.
 

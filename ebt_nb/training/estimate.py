@@ -39,7 +39,7 @@ def _available_memory(root: Path = Path("/")) -> int | None:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass
+        return None  # not Linux
     return None
 
 
