@@ -297,7 +297,7 @@ def energy_at_position(model: EnergyTransformer, context: KeyValueCache, sample:
     """
     num_samples = len(next(iter(context.layers.values()))[0].keys)
     check_index("sample", sample, num_samples, "context")
-    check_index("position", position, context.num_visible_tokens, "context")
+    check_index("position", position, context.num_visible_token_slots, "context")
 
     def energy(embedded: Float[Tensor, "rows 1 width"], landscape_index: int) -> Float[Tensor, "rows 1"]:
         rows = torch.full((len(embedded),), sample, device=embedded.device)

@@ -34,7 +34,7 @@ from ..inference.evaluate_text import check_split, evaluation_data_config
 from ..inference.next_token import freeze_for_inference
 from ..runs.files import RunError
 from ..runs.folders import Run
-from ..thinking.descent import Trace, repeat_last
+from ..thinking.descent import Trace, pad_with_last
 from ..thinking.verify import energies_after_moves, relative_energy
 from ..training.base import Batch
 from ..training.language import LanguageModule
@@ -85,7 +85,7 @@ def predict_batches(
             predicted.nll.append([nll_from_logits(module.model(batch["inputs"]), targets)])
         else:
             steps = [token_nll(module.space, candidate, targets) for candidate in trace.candidates[1:]]
-            predicted.nll.append(repeat_last(steps, len(module.descent.draw_schedule())))
+            predicted.nll.append(pad_with_last(steps, len(module.descent.draw_schedule())))
             predicted.traces.append(trace)
         num_rows += len(targets)
         if num_rows >= rows:

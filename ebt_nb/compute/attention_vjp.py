@@ -139,7 +139,8 @@ class _CandidateAttentionPullback(torch.autograd.Function):
         probs_times_grad_probs_self = grad_scores_self * centered_tangent_self + grad_probs_of_value
         if loss_grad_probs is not None:
             probs_times_grad_probs.addcmul_(probs, loss_grad_probs)
-        # in place of pi, the gradient of the probabilities, autograd carries p pi: see `_grads_after_double_backward`
+        # in place of pi, the gradient of the probabilities, autograd carries p pi:
+        # see `_grad_qkv_and_scores_after_double_backward`
         dphi_inputs = (
             dphi_q,
             dphi_k,
@@ -176,7 +177,7 @@ class _CandidateAttention(torch.autograd.Function):
         if probs_times_grad_probs is None:  # no pullback was differentiated
             *grads, grad_scores, probs = _CandidateAttentionPullback.apply(grad_output, *inputs, output.detach())
         else:
-            *grads, grad_scores = _grads_after_double_backward(
+            *grads, grad_scores = _grad_qkv_and_scores_after_double_backward(
                 grad_output, probs_times_grad_probs, probs_times_grad_probs_self, *inputs, output
             )
         grad_keys = grad_scores.transpose(-2, -1) @ q if ctx.needs_input_grad[3] else None
@@ -185,7 +186,7 @@ class _CandidateAttention(torch.autograd.Function):
 
 
 @without_autocast
-def _grads_after_double_backward(
+def _grad_qkv_and_scores_after_double_backward(
     grad_output: Tensor,
     probs_times_grad_probs: Tensor,
     probs_times_grad_probs_self: Tensor,

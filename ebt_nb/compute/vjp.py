@@ -78,9 +78,9 @@ def _mean_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).mean(-1, keepdim=True)
 
 
-def _rms_norm_pullback(grad_normed: Tensor, normed: Tensor, inv_rms: Tensor, a: Tensor) -> Tensor:
-    "Return inv_rms (grad_normed - normed a); in the plain pullback a = mean(grad_normed normed)."
-    return torch.addcmul(grad_normed, normed, a, value=-1).mul_(inv_rms)
+def _rms_norm_pullback(grad_normed: Tensor, normed: Tensor, inv_rms: Tensor, mean_product: Tensor) -> Tensor:
+    "Return inv_rms (grad_normed - normed mean_product); in the plain pullback it is mean(grad_normed normed)."
+    return torch.addcmul(grad_normed, normed, mean_product, value=-1).mul_(inv_rms)
 
 # %% ../../nbs/compute/03_vjp.ipynb #dac4d6b3
 class _RMSNorm(torch.autograd.Function):

@@ -28,7 +28,7 @@ def _last_part(name: str) -> str:
 def suggest(name: str, known_names: Iterable[str]) -> str:
     """Return a hint such as ` (did you mean 'model.width'?)`, or an empty string if no known name is close.
 
-    Whole names are compared first, then the parts behind the last dot.
+    Whole names are compared first, then the parts after the last dot.
     """
     known_names = list(known_names)
     for shorten in (str, _last_part):

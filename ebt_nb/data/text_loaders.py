@@ -45,7 +45,7 @@ def make_batch(
     """Make a batch of rows: inputs [batch, seq], targets [batch, seq] and index [batch], all int64.
 
     Targets hold IGNORE_INDEX where nothing is scored; without targets, the tokens of a row are scored from its second
-    on. An input behind the end of a padded row is token 0.
+    on. An input after the end of a padded row is token 0.
     """
     if targets is None:
         targets = rows[:, 1:]

@@ -63,7 +63,7 @@ def measure_answers(
     for batch in track_progress(batches, label, show_progress):
         rows = [build_question_row(*pairs[i], data.context) for i in batch]
         tokens, targets = map(np.stack, zip(*rows))
-        end = np.flatnonzero((targets != IGNORE_INDEX).any(0))[-1] + 1  # no token behind is scored
+        end = np.flatnonzero((targets != IGNORE_INDEX).any(0))[-1] + 1  # no later token is scored
         indices = np.array([sample_indices[i] for i in batch])
         metrics.append(measure_batch(module, make_batch(tokens[:, : end + 1], indices, targets[:, :end])))
     return TokenMetrics.concatenate(metrics)
@@ -88,7 +88,7 @@ def is_exact_match(generated: str, question: Question) -> bool:
 
 
 def count_words(text: str) -> Counter:
-    "Return how often each word of an answer occurs, in lower case and without punctuation behind it."
+    "Return how often each word of an answer occurs, in lower case and without punctuation after it."
     return Counter(word.rstrip(".,;:!?") or word for word in extract_final_answer(text).lower().split())
 
 

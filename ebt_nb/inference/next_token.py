@@ -163,7 +163,7 @@ def predict_with_graph(
     rng: RandomKeys,
     evaluate_energies: bool = False,
 ) -> Prediction:
-    """Append each row's `newest` token behind its first `lengths` tokens and predict the next, as one graph.
+    """Append each row's `newest` token after its first `lengths` tokens and predict the next, as one graph.
 
     The graph has fixed shapes and writes into the buffers of `context`.
     """

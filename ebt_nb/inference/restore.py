@@ -27,7 +27,7 @@ from ..config.errors import WorkbenchError
 from ..config.overrides import override_config
 from ..data.image_loaders import ImageDataModule
 from ..models.diffusion import GaussianDiffusion
-from ..thinking.descent import Trace, repeat_last
+from ..thinking.descent import Trace, pad_with_last
 from ..thinking.verify import think
 from ..training.base import Batch
 from ..training.images import EnergyImageModule, ImageModule, psnr
@@ -176,8 +176,8 @@ def restore_by_thinking(module: EnergyImageModule, noisy: Images, rng: RandomKey
     "Return the noisy images and those after each number of passes, with their energies, from one descent."
     trace = restore_images(module, noisy, rng, max(passes))[1]
     energy = module.model.condition_on(module.model.observe(len(noisy)))
-    candidates = repeat_last(trace.candidates, max(passes) + 1)
-    landscapes = repeat_last([trace.landscapes[0], *trace.landscapes], max(passes) + 1)
+    candidates = pad_with_last(trace.candidates, max(passes) + 1)
+    landscapes = pad_with_last([trace.landscapes[0], *trace.landscapes], max(passes) + 1)
     restored = {}
     for k in sorted({0, *passes}):
         energies = energy(module.space.embed(module.space.enter(candidates[k])), landscapes[k])

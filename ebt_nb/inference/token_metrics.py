@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config.data import IGNORE_INDEX
 from .next_token import select_energies
-from ..thinking.descent import Energy, repeat_last
+from ..thinking.descent import Energy, pad_with_last
 from ..thinking.verify import ThinkingResult, energies_after_moves, think
 from ..training.language import EnergyLanguageModule, LanguageModule
 
@@ -86,7 +86,7 @@ def measure_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) 
     result = think(energy, module.space, module.descent, rng[:, begin:], dtype=model.energy_head.weight.dtype)
     metrics = metrics_from_logits(targets[scored], result.trace.candidates[1:], scored)
     num_steps = len(module.descent.draw_schedule())
-    metrics.nll = torch.stack(repeat_last(list(metrics.nll), num_steps))
+    metrics.nll = torch.stack(pad_with_last(list(metrics.nll), num_steps))
     for name, values in measure_energies(module, energy, result, targets, scored, num_steps).items():
         setattr(metrics, name, values.cpu())
     return metrics
@@ -109,8 +109,8 @@ def measure_energies(
     start_energy = (result.final_energies - result.relative_energies).mean(0)
     target_energy = energy(space.embed_tokens(targets.clamp(min=0)), trace.landscapes[-1]) - start_energy
     return dict(
-        energies_before=torch.stack(repeat_last(before, num_steps)),
-        energies_after=torch.stack(repeat_last(after, num_steps)),
+        energies_before=torch.stack(pad_with_last(before, num_steps)),
+        energies_after=torch.stack(pad_with_last(after, num_steps)),
         relative_energy=select_energies(result.relative_energies, result.chosen_index)[scored],
         target_energy=target_energy[scored],
         num_moves=trace.num_moves[scored],

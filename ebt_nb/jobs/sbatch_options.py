@@ -162,7 +162,7 @@ IGNORE_WARNING_COMMAND = (
 
 
 def parse_time_limit(time: str | None) -> int | None:
-    """Return the seconds of a time limit as sbatch reads it; None for a limit without a number.
+    """Return the seconds of a time limit as sbatch reads it; None if there is none or it is not a time (UNLIMITED).
 
     The formats are minutes, m:s, h:m:s, d-h, d-h:m and d-h:m:s.
     """

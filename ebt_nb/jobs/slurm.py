@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dependency_options', 'read_job_id', 'Submission', 'prepare_submission', 'compose_script', 'find_script_or_notebook',
-           'distinct_data_configs', 'describe_data_preparation', 'ScriptFailed', 'submit', 'send_to_slurm',
+           'distinct_data_configs', 'describe_data_prepared_by_job', 'ScriptFailed', 'submit', 'send_to_slurm',
            'run_locally', 'wait_and_forward_sigterm']
 
 # %% ../../nbs/jobs/08_slurm.ipynb #dac10bbe
@@ -136,7 +136,7 @@ def prepare_submission(
     options = merge_options(default_options, header_options, draft.options, typed_options, last_options)
     notes = list(draft.notes)
     if cluster != "none":
-        options, header_commands = _add_time_warning(options, header_commands, cluster, path.name, notes)
+        options, header_commands = _trap_time_warning(options, header_commands, cluster, path.name, notes)
         notes += _warning_notes(options, draft.body, path.name)
     text = compose_script(options, header_commands, draft, f"{script_or_notebook} on {cluster}")
     files = draft.files | ({"array.tsv": format_task_table(tasks)} if tasks else {})
@@ -156,10 +156,14 @@ def _array_options(tasks: list[dict[str, str]], max_parallel: int | None) -> dic
     return {"array": f"0-{len(tasks) - 1}{limit}"}
 
 
-def _add_time_warning(
+def _trap_time_warning(
     options: dict[str, str | None], commands: str, cluster: str, script: str, notes: list[str]
 ) -> tuple[dict[str, str | None], str]:
-    "Return options and header commands with a warning before the time limit, if they have none; note what was added."
+    """Return options that have Slurm send a signal before the time limit, and commands with a trap for it.
+
+    The trap keeps the batch shell alive, so that training has time to save a checkpoint. Nothing is added if the job
+    has such an option already. Appends a sentence about what was added to `notes`.
+    """
     warning = warning_and_requeue_options(options)
     if not warning:
         return options, commands
@@ -226,7 +230,7 @@ def distinct_data_configs(submission: Submission) -> list[RunConfig]:
     return list(configs.values())
 
 
-def describe_data_preparation(submission: Submission) -> str | None:
+def describe_data_prepared_by_job(submission: Submission) -> str | None:
     "Return a sentence about data that a job on a cluster prepares itself; None if that takes no time or runs here."
     names = [config.data.source for config in distinct_data_configs(submission) if config.data.source != "austen"]
     if not names or submission.cluster == "none":

@@ -97,7 +97,7 @@ class GrowingStream(ObservedStream):
 
     @torch.no_grad()
     def extend(self, context: KeyValueCache, tokens: Int[Tensor, "batch"]) -> None:
-        """Observe one more token of each row, behind its newest; changes the context in place.
+        """Observe one more token of each row, after its newest; changes the context in place.
 
         Where one context serves all landscapes, the token is run through the layers together with the next candidates.
         Raises ValueError where the context has no free slot.
@@ -189,7 +189,7 @@ class CandidateStream(GrowingStream):
     ) -> tuple[Float[Tensor, "*samples batch cand"], Callable[[], Tensor]]:
         "Return energies, and a function that computes their gradient with respect to `embedded`."
         *samples, _, num_candidates, _ = embedded.shape
-        _check_candidates_fit(num_candidates, context.num_visible_tokens, landscape, self.landscapes)
+        _check_candidates_fit(num_candidates, context.num_visible_token_slots, landscape, self.landscapes)
         step_embedding = self._embed_step(landscape)
         z = _merge_samples(embedded + step_embedding if self.conditioning == "step_embed" else embedded)
         if torch.is_grad_enabled():
@@ -303,8 +303,9 @@ class ConditionalEnergy:
 def initialise_energy_model(model: EnergyTransformer) -> None:
     """Initialise a model, in place, so that the gradient of the first energies is neither vanishing nor exploding.
 
-    One random vector is added to the embedding of every observed token and of every candidate (or step), so that a
-    candidate attends to what was observed from the start (reasons and measurements: `models/05_energy`).
+    The gradients meant are those of the untrained model. The same random vector is added to the embedding of every
+    observed token and of every candidate (or step), so that at first a candidate attends to what was observed
+    (reasons and measurements: `models/05_energy`).
 
     For `adaln` gates start at one and modulation at nearly nothing. For `adaln_zero` gates start at zero: each block is
     the identity.

@@ -24,9 +24,9 @@ class KeyValueCache:
 
     Attributes:
         layers: keys and values of every layer, by landscape; the only key is None where all landscapes share them.
-        prefix_length: tokens in front of the observed ones, such as one that names the thinking step.
+        prefix_length: tokens before the observed ones, such as one that names the thinking step.
         lengths: observed tokens of each row, where rows can differ or grow; else None.
-        spare_capacity: free slots behind the longest row.
+        spare_capacity: free slots after the longest row.
         last_hidden_state: final state of each row's newest token, where the model predicts from it.
         pending_embeddings: embedded newest tokens that have a slot, but have not been run through the layers yet.
         is_static: candidates look at the whole buffer, free slots included and masked, so that shapes stay the same
@@ -53,8 +53,8 @@ class KeyValueCache:
         return next(iter(self.layers.values()))[0].keys
 
     @property
-    def num_visible_tokens(self) -> int:
-        """Number of token slots that candidates look at, without those of the prefix.
+    def num_visible_token_slots(self) -> int:
+        """Number of slots for tokens that candidates attend over, without the prefix; a row may fill fewer of them.
 
         They reach to the end of the longest row, or of the buffer if the cache is static.
         """
@@ -68,7 +68,7 @@ class KeyValueCache:
 
     def visible_layers(self, landscape: int | None) -> list[KeyValue]:
         "Return the keys and values, layer by layer, that a candidate of this landscape looks at."
-        key, end = None if None in self.layers else landscape, self.prefix_length + self.num_visible_tokens
+        key, end = None if None in self.layers else landscape, self.prefix_length + self.num_visible_token_slots
         if not self.spare_capacity or self.is_static:
             return self.layers[key]
         if key not in self.memo:
@@ -77,13 +77,13 @@ class KeyValueCache:
 
 # %% ../../nbs/models/02_kv_cache.ipynb #683e0daa
 def candidate_positions(cache: KeyValueCache, num_candidates: int = 1) -> Int[Tensor, "*rows cand"]:
-    """Return the positions of candidates for what follows each row's last `num_candidates` tokens.
+    """Return the positions of candidates, of which each predicts what follows one of a row's last tokens.
 
-    Prefix tokens count as positions. The shape is [cand], or [batch, 1, cand] where rows can differ (1 stands for
-    the heads).
+    The last candidate's position is the row's length plus that of the prefix; the others come one by one before it.
+    The shape is [cand], or [batch, 1, cand] where rows can differ (1 stands for the heads).
     """
     offsets = torch.arange(1 - num_candidates, 1, device=cache.key_buffer.device) + cache.prefix_length
-    return offsets + cache.num_visible_tokens if cache.lengths is None else cache.lengths[:, None, None] + offsets
+    return offsets + cache.num_visible_token_slots if cache.lengths is None else cache.lengths[:, None, None] + offsets
 
 
 def candidate_mask_and_angles(
@@ -97,13 +97,13 @@ def candidate_mask_and_angles(
     """Return the mask of candidates (True = hidden; None hides nothing) and their positions as rotary angles.
 
     The candidates are those for what follows each row's last `num_candidates` tokens, `num_samples` times over. With
-    `with_newest`, the newest token itself stands in front of them. Both results are kept until the cache grows.
+    `with_newest`, the newest token itself comes before them. Both results are kept until the cache grows.
     """
     key = (num_candidates, num_samples, rope_base, dtype, with_newest)
     if key not in cache.memo:
         newest = [candidate_positions(cache) - 1] * with_newest
         positions = torch.cat(newest + [candidate_positions(cache, num_candidates)] * num_samples, -1)
-        mask = hidden_from_candidates(positions, cache.prefix_length + cache.num_visible_tokens)
+        mask = hidden_from_candidates(positions, cache.prefix_length + cache.num_visible_token_slots)
         may_hide_nothing = num_candidates == 1 and not is_tracing() and not cache.is_static
         if may_hide_nothing and not mask.any():
             mask = None
@@ -121,11 +121,11 @@ def reserve_capacity(
     Raises ValueError where a length is below 1 or beyond what was observed.
     """
     if lengths is None:
-        lengths = torch.full((len(cache.key_buffer),), cache.num_visible_tokens, device=cache.key_buffer.device)
-    if lengths.min() < 1 or lengths.max() > cache.num_visible_tokens:
+        lengths = torch.full((len(cache.key_buffer),), cache.num_visible_token_slots, device=cache.key_buffer.device)
+    if lengths.min() < 1 or lengths.max() > cache.num_visible_token_slots:
         raise ValueError(
             f"lengths from {lengths.min()} to {lengths.max()}: "
-            f"rows have 1 to {cache.num_visible_tokens} observed tokens"
+            f"rows have 1 to {cache.num_visible_token_slots} observed tokens"
         )
     layers = {
         landscape: [KeyValue(*(F.pad(buffer, (0, 0, 0, spare_capacity)) for buffer in layer)) for layer in layers]
@@ -138,7 +138,7 @@ def take_free_slot(cache: KeyValueCache) -> None:
     "Take one of the reserved slots for one more token of each row, in place. Raises ValueError where none is free."
     if cache.lengths is None or cache.spare_capacity < 1:
         raise ValueError(
-            f"a key/value cache of {cache.num_visible_tokens} tokens has no free slot: "
+            f"a key/value cache of {cache.num_visible_token_slots} tokens has no free slot: "
             "pass `observe` as much spare_capacity as tokens are to be appended"
         )
     cache.lengths, cache.spare_capacity, cache.memo = cache.lengths + 1, cache.spare_capacity - 1, {}

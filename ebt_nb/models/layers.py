@@ -90,9 +90,9 @@ def residual_vjp(
     scale: Float[Tensor, "width"] | None = None,
     gate: Float[Tensor, "width"] | None = None,
 ) -> tuple:
-    """Return x + gate * branch(norm(x)) and its pullback, then whatever else the branch returns.
+    """Return x + gate * branch((1 + scale) * norm(x) + shift) and its pullback, then what else the branch returns.
 
-    `branch(inner)` returns (output, pullback, *extras). Without a gate the output is x + branch(norm(x)).
+    `branch(inner)` returns (output, pullback, *extras). A shift or scale that is not given counts as 0, a gate as 1.
     """
     inner, norm_pullback = modulated_norm_vjp(norm, x, shift, scale)
     y, branch_pullback, *extras = branch(inner)

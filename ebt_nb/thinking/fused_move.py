@@ -80,7 +80,7 @@ class MoveGradients:
     """Sums of gradients with respect to the inputs of moves; None where a gradient is not needed.
 
     `matmul_table` is the table in the number format of matrix products. With `table_gradient` the table's gradient
-    is added there. With `constant` the direction of the moves is not differentiated.
+    is added there. With `detach_direction` the direction of the moves is not differentiated.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class MoveGradients:
         inputs: MoveTensors,
         needs_grad: tuple[bool, ...],
         matmul_table: Float[Tensor, "vocab width"],
-        constant: bool,
+        detach_direction: bool,
         table_gradient: TableGradient | None,
     ):
         self.inputs = inputs
         self.matmul_table = matmul_table
-        self.constant = constant
+        self.detach_direction = detach_direction
         self.table_gradient = table_gradient
         sums = []
         for tensor, needs in zip(inputs, needs_grad):
@@ -114,7 +114,7 @@ class MoveGradients:
 
     def _add_linear(self, rows: slice, r: Float[Tensor, "rows vocab"]) -> None:
         "Add the gradients of a chunk whose direction is linear in the energy's gradient."
-        if self.constant and self.sums.step_size is None:
+        if self.detach_direction and self.sums.step_size is None:
             return
         g, alpha = self.inputs.gradient[rows], self.inputs.step_size[rows]
         r = r.to(self.matmul_table.dtype)
@@ -136,7 +136,7 @@ class MoveGradients:
             if self.sums.bound is not None:
                 self.sums.bound.add_((grad_u * direction.clamp_sign).sum())
             grad_u = grad_u.masked_fill_(direction.clamp_sign != 0, 0)
-        if self.constant:
+        if self.detach_direction:
             return
         grad_q = grad_u if direction.p is None else self._softmax_rule_gradient(rows, direction, grad_u)
         grad_q = grad_q.to(self.matmul_table.dtype)
@@ -171,7 +171,7 @@ class MoveSettings:
     Attributes:
         rule: that of the token space.
         smoothing: label smoothing of the cross-entropy.
-        constant: whether the direction is not differentiated.
+        detach_direction: whether the direction is not differentiated.
         differentiable: whether the moved candidate can be differentiated.
         table_gradient: where the table's gradient is added, if not by autograd.
         out: memory [rows, vocab] for the moved candidate; by default it is allocated.
@@ -179,7 +179,7 @@ class MoveSettings:
 
     rule: str
     smoothing: float
-    constant: bool
+    detach_direction: bool
     differentiable: bool
     table_gradient: TableGradient | None
     out: Float[Tensor, "rows vocab"] | None
@@ -195,7 +195,7 @@ class _MoveAndCrossEntropy(torch.autograd.Function):
         table_gradient = settings.table_gradient if needs_grad[2] else None
         ctx.gradients = None
         if any(needs_grad) and weights is not None and not settings.differentiable:
-            ctx.gradients = MoveGradients(inputs, needs_grad, matmul_table, settings.constant, table_gradient)
+            ctx.gradients = MoveGradients(inputs, needs_grad, matmul_table, settings.detach_direction, table_gradient)
         moved = torch.empty_like(value) if settings.out is None else settings.out
         losses = value.new_zeros(len(value))
         for rows in row_chunks(*value.shape, value):
@@ -230,7 +230,7 @@ class _MoveAndCrossEntropy(torch.autograd.Function):
         *inputs, targets, weights, moved = ctx.saved_tensors
         inputs, settings = MoveTensors(*inputs), ctx.settings
         matmul_table = cast_table(inputs.table, matmul_dtype(inputs.gradient), ctx.table_gradient)
-        gradients = MoveGradients(inputs, ctx.needs_grad, matmul_table, settings.constant, ctx.table_gradient)
+        gradients = MoveGradients(inputs, ctx.needs_grad, matmul_table, settings.detach_direction, ctx.table_gradient)
         for rows in row_chunks(*moved.shape, moved):
             chunk_gradient = inputs.gradient[rows].to(matmul_table.dtype)
             direction = move_direction(inputs.value[rows], chunk_gradient, matmul_table, inputs.bound, settings.rule)
@@ -275,7 +275,7 @@ def move_and_score(
     gradient: Float[Tensor, "*batch width"],
     step_size: Float[Tensor, "..."],
     bound: Float[Tensor, ""] | None,
-    constant: bool,
+    detach_direction: bool,
     targets: Int[Tensor, "*batch"],
     weights: Float[Tensor, "*batch"] | None,
     smoothing: float = 0.0,
@@ -293,7 +293,7 @@ def move_and_score(
     value, table = state.value, space.table
     width, batch = value.shape[-1], value.shape[:-1]
     step_size = step_size.to(value.dtype).expand(*batch, 1).reshape(-1, 1)
-    if constant:
+    if detach_direction:
         gradient, table = gradient.detach(), table.detach()
     if out is not None:
         out = out.reshape(-1, width)
@@ -305,6 +305,6 @@ def move_and_score(
         None if bound is None else bound.to(value.dtype),
         targets.reshape(-1),
         None if weights is None else weights.reshape(-1).to(value.dtype),
-        MoveSettings(space.rule, smoothing, constant, differentiable, table_gradient, out),
+        MoveSettings(space.rule, smoothing, detach_direction, differentiable, table_gradient, out),
     )
     return ScoredMove(candidate.view_as(value), loss, losses.view(batch))

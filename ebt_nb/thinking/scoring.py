@@ -147,7 +147,7 @@ class ScoringTokenSpace:
         gradient: Float[Tensor, "batch seq width"],
         step_size: Float[Tensor, "..."],
         bound: Float[Tensor, ""] | None = None,
-        constant: bool = False,
+        detach_direction: bool = False,
     ) -> Float[Tensor, "batch seq vocab"]:
         "Move as the token space does, and add the loss of the moved candidate to `pending_loss`."
         is_last = len(self.step_losses) == self.num_steps - 1
@@ -158,7 +158,7 @@ class ScoringTokenSpace:
             gradient,
             step_size,
             bound,
-            constant,
+            detach_direction,
             self.targets,
             self.weights if has_loss else None,
             self.objective.label_smoothing,

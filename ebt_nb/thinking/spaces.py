@@ -52,12 +52,12 @@ class PredictionSpace(Protocol):
         gradient: Float[Tensor, "*batch width"],
         step_size: Float[Tensor, "..."],
         bound: Float[Tensor, ""] | None = None,
-        constant: bool = False,
+        detach_direction: bool = False,
     ) -> Float[Tensor, "*batch size"]:
         """Return the candidate after one step.
 
         `gradient` is the energy's with respect to the embedded candidate. With `bound` no entry of its pullback
-        counts for more; with `constant` the direction of the step is not differentiated.
+        counts for more; with `detach_direction` the direction of the step is not differentiated.
         """
 
 # %% ../../nbs/thinking/00_spaces.ipynb #25a7dc23
@@ -66,13 +66,13 @@ def gradient_step(
     gradient: Float[Tensor, "*batch size"],
     step_size: Float[Tensor, "..."],
     bound: Float[Tensor, ""] | None,
-    constant: bool,
+    detach_direction: bool,
 ) -> Float[Tensor, "*batch size"]:
     """Return value - step_size * gradient, with each entry of the gradient clamped to ± `bound`.
 
-    The result is differentiable with respect to the bound. With `constant` the gradient is detached first.
+    The result is differentiable with respect to the bound. With `detach_direction` the gradient is detached first.
     """
-    if constant:
+    if detach_direction:
         gradient = gradient.detach()
     if bound is not None:
         gradient = torch.minimum(torch.maximum(gradient, -bound), bound)
@@ -137,14 +137,14 @@ class TokenSpace:
         gradient: Float[Tensor, "*batch width"],
         step_size: Float[Tensor, "..."],
         bound: Float[Tensor, ""] | None = None,
-        constant: bool = False,
+        detach_direction: bool = False,
     ) -> Float[Tensor, "*batch vocab"]:
         "Return the candidate after one step against the gradient, pulled back by the table's transpose."
         candidate_gradient = linear(gradient, self.table)
         if self.rule == "logits":
             s = state.value.softmax(-1)
             candidate_gradient = s * (candidate_gradient - (s * candidate_gradient).sum(-1, keepdim=True))
-        return gradient_step(state.value, candidate_gradient, step_size, bound, constant)
+        return gradient_step(state.value, candidate_gradient, step_size, bound, detach_direction)
 
     def embed_tokens(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
         """Return the embeddings of one-hot candidates, without a softmax.
@@ -202,12 +202,12 @@ class ContinuousSpace:
         gradient: Float[Tensor, "*batch width"],
         step_size: Float[Tensor, "..."],
         bound: Float[Tensor, ""] | None = None,
-        constant: bool = False,
+        detach_direction: bool = False,
     ) -> Float[Tensor, "*batch size"]:
         "Return the candidate after one step against the gradient, pulled back by the projection's transpose."
         if self.projection is not None:
             gradient = linear_pullback(gradient, self.projection.weight)
-        return gradient_step(state.value, gradient, step_size, bound, constant)
+        return gradient_step(state.value, gradient, step_size, bound, detach_direction)
 
 # %% ../../nbs/thinking/00_spaces.ipynb #4ab550d2
 class ImageSpace:
@@ -261,9 +261,9 @@ class ImageSpace:
         gradient: Float[Tensor, "*batch width"],
         step_size: Float[Tensor, "..."],
         bound: Float[Tensor, ""] | None = None,
-        constant: bool = False,
+        detach_direction: bool = False,
     ) -> Float[Tensor, "*batch pixels"]:
         "Return the candidate after one step against the gradient, pulled back to pixels by the embedding."
         patch_gradient = gradient.unflatten(-1, (-1, len(self.embedding.weight)))
         pixel_gradient = self.from_images(self.embedding.pullback(patch_gradient))
-        return gradient_step(state.value, pixel_gradient, step_size, bound, constant)
+        return gradient_step(state.value, pixel_gradient, step_size, bound, detach_direction)

@@ -69,8 +69,11 @@ class MetricsModule(pl.LightningModule):
         "Return the metrics of a validation batch, each a mean, and the number of units they are means over."
         raise NotImplementedError
 
-    def reduce_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        "Return what is logged of a validation, from the means over all of it."
+    def finish_validation_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the metrics to log of a validation, given their means over all its batches and ranks.
+
+        A hook for subclasses that derive others from them (perplexity from the loss, say); these are the means.
+        """
         return means
 
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
@@ -84,7 +87,9 @@ class MetricsModule(pl.LightningModule):
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """At every `log_every_n_steps`-th update and the last, log metrics averaged over its batches and ranks.
+        """Log training metrics (Lightning calls this hook before each update).
+
+        Every `log_every_n_steps`-th update and the last are logged, averaged over their batches and ranks.
 
         Raises DivergenceError if the loss of such an update is not finite.
         """
@@ -132,14 +137,14 @@ class MetricsModule(pl.LightningModule):
             sums.append(torch.stack([*(value.double() * count for value in metrics.values()), count.double()]))
         *totals, count = self.trainer.strategy.reduce(torch.stack(sums).sum(0), reduce_op="sum").tolist()
         means = {name: total / count for name, total in zip(rows[0][0], totals, strict=True)}
-        self.log_dict(self.reduce_metrics(means), batch_size=1, sync_dist=True)
+        self.log_dict(self.finish_validation_metrics(means), batch_size=1, sync_dist=True)
 
 # %% ../../nbs/training/05_base.ipynb #d4dab4bc
 class TrainingModule(MetricsModule):
     """The base of all modules that are trained by a configuration.
 
     Subclasses define `compute_objective`, `validation_metrics`, `batch_rng`, `title`, `num_units` and
-    `chance_and_memorised_loss`; energy models (`EnergyTrainingModule`) define `replay_fields` too.
+    `chance_loss_and_memorised_threshold`; energy models (`EnergyTrainingModule`) define `replay_fields` too.
 
     Attributes:
         unit_name: what is counted and scored, such as 'tokens' or 'images'.
@@ -177,11 +182,14 @@ class TrainingModule(MetricsModule):
         return []
 
     def num_units(self, batch: Batch) -> int:
-        "Return the number of units in a batch."
+        "Return the number of units in a batch (tokens or pictures), whether or not they count in the loss."
         raise NotImplementedError
 
-    def chance_and_memorised_loss(self, batch: Batch) -> tuple[float, float]:
-        "Return the loss of a model that knows nothing about a batch, and one below which the batch is memorised."
+    def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
+        """Return the loss of a model that knows nothing about a batch, and a threshold.
+
+        A batch whose loss is below the threshold counts as memorised.
+        """
         raise NotImplementedError
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -232,7 +240,10 @@ class EnergyTrainingModule(TrainingModule):
         self.replay: ReplayBuffer | None = None
 
     def replay_fields(self) -> ReplayFields:
-        "Return shape and number format of what the replay buffer stores of each sample."
+        """Return shape and number format of what the replay buffer stores of each row, by name.
+
+        There is an entry for each field of a batch, and one called `candidate`.
+        """
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -270,7 +281,8 @@ class EnergyTrainingModule(TrainingModule):
         """Store the predictions of a batch's own rows, if there is a replay buffer.
 
         `own_batch` is the batch before `append_replayed`; replayed rows, which follow its rows in `output`, are not
-        stored again. `output` must come from an objective that keeps the last candidate or all.
+        stored again. `output` must come from an objective whose trace keeps candidates (`keep_candidates` is not
+        "none").
         """
         if self.replay is not None:
             own_predictions = output.trace.prediction[: len(own_batch["index"])].detach()

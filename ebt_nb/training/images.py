@@ -21,7 +21,7 @@ from ..config.thinking import ImageObjectiveConfig
 from ..models.diffusion import GaussianDiffusion
 from ..models.dit import DiT
 from ..models.image_energy import BidirectionalEBT, initialise_image_energy_as_published
-from ..thinking.descent import Descent, repeat_last
+from ..thinking.descent import Descent, pad_with_last
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import ImageSpace
 from ..thinking.verify import think
@@ -111,7 +111,7 @@ def restoration_objective(
     else:
         trace = think(energy, space, descent, rng, start, clean.dtype, schedule, evaluate_energies=False).trace
     losses = [F.smooth_l1_loss(candidate, clean) for candidate in trace.candidates[1:]]
-    losses = repeat_last(losses, len(schedule))
+    losses = pad_with_last(losses, len(schedule))
     loss, trace = torch.stack(losses).mean() if objective.steps == "mean" else losses[-1], trace.detach()
     if keep_candidates != "all":
         trace.candidates = trace.candidates[-1:] if keep_candidates == "last" else []
@@ -240,7 +240,7 @@ class EnergyImageModule(EnergyTrainingModule, ImageModule):
         metrics["val/loss"] = output.step_losses[-1]
         return metrics, torch.tensor(len(batch["index"]))
 
-    def chance_and_memorised_loss(self, batch: Batch) -> tuple[float, float]:
+    def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of leaving the starts as they are, and a fifth of it."
         starts = self.start_candidates(batch, self.batch_rng(batch))
         chance = F.smooth_l1_loss(starts, batch["image"].flatten(1)).item()
@@ -287,7 +287,7 @@ class DiffusionModule(ImageModule):
         "Return the loss, and the number of images."
         return {"val/loss": self.compute_objective(batch).loss.detach()}, torch.tensor(len(batch["index"]))
 
-    def chance_and_memorised_loss(self, batch: Batch) -> tuple[float, float]:
+    def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of predicting no noise (noise has variance 1), and a fifth of it."
         return 1.0, 0.2
 

@@ -171,11 +171,11 @@ class LanguageModule(TrainingModule):
         metrics = {f"val/loss_step_{k}": loss for k, loss in enumerate(losses, 1)}
         return metrics, (batch["targets"] != IGNORE_INDEX).sum()
 
-    def chance_and_memorised_loss(self, batch: Batch) -> tuple[float, float]:
+    def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return log V, and 0.1 nats per token."
         return math.log(self.config.model.vocab_size), 0.1
 
-    def reduce_metrics(self, means: dict[str, float]) -> dict[str, float]:
+    def finish_validation_metrics(self, means: dict[str, float]) -> dict[str, float]:
         "Add the loss of the last step, its perplexity, and bits per character where characters are counted."
         last = list(means.values())[-1]
         metrics = means | {"val/loss": last, "val/perplexity": perplexity(last)}

@@ -17,7 +17,7 @@ from ..config.thinking import CrossEntropyConfig, ObjectiveConfig
 from ..models.energy import EnergyTransformer
 from ..models.transformer import Transformer
 from ..thinking.chunked_loss import linear_cross_entropy
-from ..thinking.descent import Descent, repeat_last
+from ..thinking.descent import Descent, pad_with_last
 from ..thinking.spaces import TokenSpace
 from ..thinking.verify import think
 from .losses import ObjectiveOutput, chunked_cross_entropy, contrastive_loss, target_divisor
@@ -51,9 +51,10 @@ def energy_objective(
     `rng` [batch, seq] decides the start (unless given), noise and random step sizes. `schedule` holds the landscape
     of each step (by default `descent.draw_schedule()`; pass it in training where visits are random). A differentiable
     objective processes `rows_per_chunk` rows at a time (by default `default_rows_per_chunk`), its trace has the
-    candidates named by `keep_candidates`, and with `graphs` it runs as one graph that is recorded there. If not
-    `differentiable`, or where gradients are disabled, the prediction is that outside training, with all candidates in
-    its trace. Raises ValueError as `draw_schedule` does, and DivergenceError as the descent does.
+    candidates named by `keep_candidates`, and with `graphs` it runs as one graph that is recorded there; its loss can
+    be differentiated once. If not `differentiable`, or where gradients are disabled, the descent is that of inference
+    and its trace has all candidates. Raises ValueError as `draw_schedule` does, and DivergenceError as the descent
+    does.
     """
     schedule = descent.draw_schedule() if schedule is None else schedule
     if differentiable and torch.is_grad_enabled():
@@ -66,7 +67,7 @@ def energy_objective(
         result = think(energy, space, descent, rng, start, dtype, schedule, evaluate_energies=False)
         candidates = result.trace.candidates[1:]
         losses = [chunked_cross_entropy(candidate, targets, objective.label_smoothing) for candidate in candidates]
-        step_losses = repeat_last(losses, len(schedule))
+        step_losses = pad_with_last(losses, len(schedule))
         loss = torch.stack(step_losses).mean() if objective.steps == "mean" else step_losses[-1]
         if not objective.contrastive:
             return ObjectiveOutput(loss, step_losses, result.trace)

@@ -171,7 +171,7 @@ def overfit(
     ):
         warnings.filterwarnings("ignore", ".*no `val_dataloader`")  # there is no validation here
         module = build_module(config)
-        chance_loss, memorised_loss = module.chance_and_memorised_loss(first_batches[0])
+        chance_loss, memorised_loss = module.chance_loss_and_memorised_threshold(first_batches[0])
         target = target or memorised_loss
         monitor = OverfitMonitor(len(first_batches), interval, target, log_line)
         trainer = build_trainer(config, Path(), [monitor])

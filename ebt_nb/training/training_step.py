@@ -38,8 +38,11 @@ class GradientAccumulator:
         self.gradients: list[Tensor | None] = [None] * len(weights)
         self._is_own = [False] * len(weights)  # gradients that only this object holds; they are added to in place
 
-    def get_buffer(self, weight: Tensor) -> Tensor | None:
-        "Return memory in which gradients of one of the weights may be added in place; None for any other tensor."
+    def allocate_gradient(self, weight: Tensor) -> Tensor | None:
+        """Return the gradient of one of the weights, to be added to in place; zeros are allocated if it is None.
+
+        Returns None for a tensor that is not one of the weights.
+        """
         i = next((i for i, w in enumerate(self.weights) if w is weight), None)
         if i is None:
             return None
@@ -158,7 +161,7 @@ class TrainingStep:
         "Return the objective without a graph, and the gradients of its loss with respect to the trainable weights."
         accumulator = GradientAccumulator(trainable_parameters(self.model, self.descent))
         num_targets = target_divisor(batch.targets)
-        table_buffer = accumulator.get_buffer(self.space.table)
+        table_buffer = accumulator.allocate_gradient(self.space.table)
         table_gradient = None if table_buffer is None else TableGradient(table_buffer)
         chunks = [batch]
         if self.rows_per_chunk < len(batch.inputs):
