@@ -36,8 +36,9 @@ def assert_vjp_correct(
 ) -> None:
     """Assert that `function(*inputs) -> (value, pullback, ...)` agrees with autograd on `reference(*inputs) -> value`.
 
-    The pullback returns gradients with respect to the first `num_pulled` inputs. Compared in float64 are the value and
-    the pullback, with a graph and without, and the gradients of a random loss of both with respect to all inputs.
+    The pullback returns gradients with respect to the first `num_pulled` inputs, which must be float64. Compared are
+    the value and the pullback, with a graph and without, and the gradients of a random loss of both with respect to
+    all inputs.
     With `finite_differences` these gradients, and the value's second derivatives, are also compared with differences.
     """
 
@@ -79,7 +80,7 @@ def _mean_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rms_norm_pullback(grad_normed: Tensor, normed: Tensor, inv_rms: Tensor, mean_product: Tensor) -> Tensor:
-    "Return inv_rms (grad_normed - normed mean_product); in the plain pullback it is mean(grad_normed normed)."
+    "Return inv_rms (grad_normed - normed mean_product); in a plain pullback mean_product is mean(grad_normed normed)."
     return torch.addcmul(grad_normed, normed, mean_product, value=-1).mul_(inv_rms)
 
 # %% ../../nbs/compute/03_vjp.ipynb #dac4d6b3
@@ -155,7 +156,7 @@ def _compute_halves(like: Tensor, first: Callable[..., Tensor], second: Callable
 
 
 def _silu_pullback(grad_silu: Tensor, gate: Tensor, out: Tensor | None) -> Tensor:
-    "Return grad_silu s'(gate), written to `out` if there is one."
+    "Return grad_silu times the derivative of silu at `gate`, written to `out` if there is one."
     if out is None:
         return torch.ops.aten.silu_backward(grad_silu, gate)
     return torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=out)

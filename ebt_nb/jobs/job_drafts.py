@@ -184,8 +184,9 @@ def draft_script_job(
 ) -> JobDraft:
     """Draft the job that runs a bash script, once for each task of an array.
 
-    Settings become `-p` arguments, values of an array `-p` arguments or exported variables. `arguments` are passed to
-    the script before the settings; `tasks` are the values of each task (empty: no array).
+    Settings become `-p` arguments. So do values of an array that are configuration keys; its other values are
+    exported as variables. `arguments` are passed to the script before the settings; `tasks` are the values of each
+    task (empty: no array).
     Raises SubmitError for a preset, and for a setting or an argument that cannot reach the script's commands.
     """
     options, body = read_script(path)

@@ -81,7 +81,7 @@ def read_script(path: Path) -> tuple[dict[str, str | None], str]:
 
     Raises SubmitError for a file that sbatch or bash could not read.
     """
-    first_line, *lines = _read_bash(path).split("\n")
+    first_line, *lines = _read_script(path).split("\n")
     if not re.match(r"#!.*\b(ba)?sh\b", first_line):
         raise SubmitError(
             f"{path}: its first line is {first_line[:60]!r}; a bash script begins with #!/usr/bin/env bash"
@@ -97,8 +97,8 @@ def read_script(path: Path) -> tuple[dict[str, str | None], str]:
     return options, "\n".join(body).strip("\n") + "\n"
 
 
-def _read_bash(path: Path) -> str:
-    "Return the text of a script. Raises SubmitError if it is missing, not text, or has the line ends of Windows."
+def _read_script(path: Path) -> str:
+    "Return a script's text. Raises SubmitError if it cannot be read, is not text, or has the line ends of Windows."
     try:
         text = path.read_bytes().decode()
     except OSError as error:
@@ -146,7 +146,10 @@ def option_group(name: str, value: str | None) -> str:
 
 
 def merge_options(*layers: dict[str, str | None]) -> dict[str, str | None]:
-    "Merge the options of several files; later files win."
+    """Merge options, of which later ones win: each replaces all earlier ones of its `option_group`.
+
+    (`--time` is a group of its own; `--gpus` replaces `--gres=gpu:1`, because both ask for GPUs.)
+    """
     merged = {}
     for layer in layers:
         groups = {option_group(name, value) for name, value in layer.items()}
@@ -192,7 +195,11 @@ def warning_and_requeue_options(options: dict[str, str | None]) -> dict[str, str
 
 
 def is_warning_ignored(options: dict[str, str | None], body: str) -> bool:
-    "Whether the warning reaches only the shell of a script, because it starts training without `exec`."
+    """Whether the signal before the time limit would reach only a script's shell, and training would not notice.
+
+    So it is for `--signal=B:...` where no command that may train (ebt, python, srun, torchrun) is started with `exec`
+    and no `trap` handles USR1. The text is searched, not run.
+    """
     exec_prefixes = re.findall(r"^\s*(exec\s+)?(?:\S*/)?(?:ebt|srun|torchrun|python3?)\b", body, re.MULTILINE)
     warns_shell = (options.get("signal") or "").startswith("B:")
     handles_signal = re.search(r"\btrap\b.*\bUSR1\b", body) is not None

@@ -131,7 +131,7 @@ def prepare_submission(
         raise SubmitError(f"{' '.join(script_arguments)}: a notebook accepts no arguments; set its parameters with -p")
     else:
         draft = draft_notebook_job(str(script_or_notebook), preset, settings, tasks, runs_dir, header_options)
-    default_options = _default_options(draft.folder, tasks)
+    default_options = _folder_options(draft.folder, tasks)
     last_options = _array_options(tasks, max_parallel) | dependency_options(after)
     options = merge_options(default_options, header_options, draft.options, typed_options, last_options)
     notes = list(draft.notes)
@@ -143,8 +143,8 @@ def prepare_submission(
     return Submission(cluster, draft.folder, options, text, tasks, files, notes, draft.configs)
 
 # %% ../../nbs/jobs/08_slurm.ipynb #9e8eb03a
-def _default_options(folder: Path, tasks: list[dict[str, str]]) -> dict[str, str | None]:
-    "Return the options of every job: it runs in the current folder and writes its output into the job `folder`."
+def _folder_options(folder: Path, tasks: list[dict[str, str]]) -> dict[str, str | None]:
+    "Return working folder and output file of a job: it runs in the current folder and writes into the job `folder`."
     log = folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")
     return {"chdir": str(Path.cwd()), "output": str(log), "open-mode": "append"}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config.models import Conditioning
 from .attention import KeyValue, rotary_angles
 from .blocks import Block, run_blocks
-from .kv_cache import KeyValueCache, candidate_mask_and_angles, reserve_capacity, take_free_slot
+from .kv_cache import KeyValueCache, advance_to_next_slot, candidate_mask_and_angles, reserve_capacity
 from .layers import RMSNorm, call_with_recompute, modulated_norm_vjp
 from .transformer import initialise_transformer
 
@@ -71,7 +71,11 @@ class ObservedStream(nn.Module):
         return context if lengths is None and not spare_capacity else reserve_capacity(context, lengths, spare_capacity)
 
     def _run_observed(self, x: Float[Tensor, "batch seq width"], landscape: int | None) -> list[KeyValue]:
-        "Return the keys and values of all layers; what the last block would make of the stream is not computed."
+        """Return the keys and values of all layers; what the last block would make of the stream is not computed.
+
+        `landscape` is that of the step on which the stream is conditioned, None where one context serves all. With
+        `time_embed` keys and values begin with those of the step's own token.
+        """
         step_embedding = self._embed_step(landscape)
         if self.conditioning == "time_embed":
             x = torch.cat((step_embedding.expand(len(x), 1, -1), x), 1)
@@ -103,14 +107,17 @@ class GrowingStream(ObservedStream):
         Raises ValueError where the context has no free slot.
         """
         self._process_pending(context)
-        take_free_slot(context)
+        advance_to_next_slot(context)
         context.pending_embeddings = self.embedding(tokens[:, None])
         if not self.has_shared_context:
             self._process_pending(context)
 
     @torch.no_grad()
     def _process_pending(self, context: KeyValueCache) -> None:
-        "Run pending newest tokens through the layers by themselves, if there are any."
+        """Run pending newest tokens, if there are any, through the layers by themselves.
+
+        Their keys and values are written to the context's newest slots.
+        """
         newest, context.pending_embeddings = context.pending_embeddings, None
         if newest is None:
             return
@@ -187,7 +194,10 @@ class CandidateStream(GrowingStream):
     def _energies_and_gradient_fn(
         self, embedded: Float[Tensor, "*samples batch cand width"], context: KeyValueCache, landscape: int
     ) -> tuple[Float[Tensor, "*samples batch cand"], Callable[[], Tensor]]:
-        "Return energies, and a function that computes their gradient with respect to `embedded`."
+        """Return energies, and a function that computes their gradient with respect to `embedded`.
+
+        Both have a graph where gradients are enabled. Pending tokens and errors are those of `energy`.
+        """
         *samples, _, num_candidates, _ = embedded.shape
         _check_candidates_fit(num_candidates, context.num_visible_token_slots, landscape, self.landscapes)
         step_embedding = self._embed_step(landscape)

@@ -90,9 +90,10 @@ def residual_vjp(
     scale: Float[Tensor, "width"] | None = None,
     gate: Float[Tensor, "width"] | None = None,
 ) -> tuple:
-    """Return x + gate * branch((1 + scale) * norm(x) + shift) and its pullback, then what else the branch returns.
+    """Return (y, pullback, *extras) with y = x + gate * branch((1 + scale) * norm(x) + shift).
 
-    `branch(inner)` returns (output, pullback, *extras). A shift or scale that is not given counts as 0, a gate as 1.
+    `branch(inner)` returns (output, pullback, *extras). Shift and scale are given both or neither (then they count as
+    0); a gate that is not given counts as 1.
     """
     inner, norm_pullback = modulated_norm_vjp(norm, x, shift, scale)
     y, branch_pullback, *extras = branch(inner)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..compute.matmul import linear
 from .attention import rotary_angles
 from .blocks import Block, run_blocks
-from .kv_cache import KeyValueCache, candidate_mask_and_angles, reserve_capacity, take_free_slot
+from .kv_cache import KeyValueCache, advance_to_next_slot, candidate_mask_and_angles, reserve_capacity
 from .layers import RMSNorm, call_with_recompute
 
 # %% ../../nbs/models/04_transformer.ipynb #8c12ab43
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def extend(self, cache: KeyValueCache, tokens: Int[Tensor, "batch"]) -> None:
         "Append one token to each row of a cache, in place. Raises ValueError where it has no free slot."
-        take_free_slot(cache)
+        advance_to_next_slot(cache)
         x = self.embedding(tokens[:, None])
         mask_and_angles = candidate_mask_and_angles(
             cache, num_samples=0, rope_base=self.rope_base, dtype=x.dtype, with_newest=True

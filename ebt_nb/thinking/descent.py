@@ -71,10 +71,12 @@ class Trace:
     def concatenate(cls, traces: Sequence["Trace"]) -> "Trace":
         """Return one trace of all rows from traces of some rows each.
 
-        The traces must have visited the same landscapes, in the same number of steps.
+        Raises ValueError for traces that differ in their landscapes or number of steps.
         """
         if len(traces) == 1:
             return traces[0]
+        if any(trace.landscapes != traces[0].landscapes for trace in traces):
+            raise ValueError(f"traces of different landscapes: {', '.join(str(t.landscapes) for t in traces)}")
         joined = cls([], landscapes=traces[0].landscapes)
         for name in ("candidates", "energies", "gradient_norms", "accepted"):
             steps = zip(*(getattr(trace, name) for trace in traces), strict=True)
@@ -216,9 +218,12 @@ class DescentPolicy(nn.Module):
         self.step_size = nn.Parameter(torch.tensor(float(policy.step_size)), requires_grad=policy.learn_step_size)
 
     def draw_schedule(self, rng: RandomKeys | None = None) -> list[int]:
-        """Return the landscape of each step; in training mode `rng` decides how often each is visited.
+        """Return the landscape of each step of a descent.
 
-        `rng` is a single key, the same on all ranks. Raises ValueError if it is missing where visits are random.
+        In training mode `rng`, a single key that is the same on all ranks, decides how often each landscape is
+        visited; ValueError is raised if it is missing where that is random. Outside training nothing is drawn: there
+        are `inference.steps` steps, of which the last landscape takes those beyond one each; by default it takes
+        `thinking.visits_max`.
         """
         last = self.policy.steps - 1
         if not self.training and self.inference.steps is not None:
@@ -227,16 +232,23 @@ class DescentPolicy(nn.Module):
         return [landscape for landscape, count in enumerate(visits) for _ in range(count)]
 
     def draw_step_scale(self, rng: RandomKeys | None, dtype: torch.dtype) -> Float[Tensor, "*batch 1"] | float:
-        "Return the random factor of all step sizes of a descent, one for each key; 1 where they are not random."
+        """Return the factor of all step sizes of a descent; 1 where they are not random.
+
+        In training it is drawn for each key, uniformly from [1/s, s] with s = `thinking.random_step_size`. Raises
+        ValueError if there are no keys then.
+        """
         if not self.training or self.policy.random_step_size <= 1:
             return 1.0
+        if rng is None:
+            raise ValueError("step sizes are random in training (thinking.random_step_size > 1): pass `rng`")
         low, high = 1 / self.policy.random_step_size, self.policy.random_step_size
         return low + (high - low) * rng.for_purpose("step size").uniform(1, dtype)
 
     def base_step_size(self, landscape: int) -> Float[Tensor, ""]:
-        """Return alpha in a landscape, before floor, annealing and random factor.
+        """Return alpha before floor, annealing and random factor.
 
-        It is the parameter; outside training it is replaced or multiplied as `inference` says.
+        It is the parameter, one for all landscapes. Outside training `inference` replaces or multiplies it: in the
+        last landscape only, if `inference.step_size_last_only`.
         """
         inference = self.inference
         if self.training or (inference.step_size_last_only and landscape < self.policy.steps - 1):
@@ -257,7 +269,10 @@ class DescentPolicy(nn.Module):
     def step_settings(
         self, step: int, schedule: list[int], step_scale: Float[Tensor, "..."] | float, differentiable: bool
     ) -> StepSettings:
-        "Return what the configuration says of a step of the schedule."
+        """Return what the configuration says of a step, the landscape of which is `schedule[step]`.
+
+        Its size is multiplied by `step_scale`. What is not `differentiable` is detached.
+        """
         policy, alpha = self.policy, self.base_step_size(schedule[step])
         annealing = policy.anneal ** (step / max(1, len(schedule) - 1))
         return StepSettings(
@@ -343,7 +358,9 @@ class Descent(DescentPolicy):
             if early_stop is None and not only_lower:
                 candidate = None  # large, and not needed any more
             embedded = space.embed(state)
-            energies, gradient = energy_and_gradient(energy, embedded, settings.landscape, not settings.detach_direction)
+            energies, gradient = energy_and_gradient(
+                energy, embedded, settings.landscape, not settings.detach_direction
+            )
             gradient_norms = gradient.detach().norm(dim=-1)
             check_finite(step, settings.landscape, energies, gradient_norms)
             active = accepted = update_active(active, energies, settings.landscape, trace, early_stop)

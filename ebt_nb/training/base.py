@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'objective_metrics', 'MetricsModule', 'TrainingModule', 'gather_states', 'ReplayedBatch',
-           'EnergyTrainingModule', 'should_compile']
+           'EnergyTrainingModule', 'resolve_compile']
 
 # %% ../../nbs/training/05_base.ipynb #1588477d
 import math
@@ -312,10 +312,11 @@ class EnergyTrainingModule(TrainingModule):
         self.replay.set_state(checkpoint["replay"][rank])
 
 # %% ../../nbs/training/05_base.ipynb #fd160bf8
-def should_compile(config: RunConfig, device: str) -> bool:
-    """Return whether training steps are compiled on a kind of device, as `trainer.compile` says.
+def resolve_compile(config: RunConfig, device: str) -> bool:
+    """Return whether training steps are compiled on a kind of device ('cpu', 'cuda').
 
-    By default they are on CUDA, if there is a compiler and neither activation checkpointing nor fsdp is used.
+    `trainer.compile` decides where it is set. Where it is null they are on CUDA, if there is a compiler and neither
+    activation checkpointing nor fsdp is used.
 
     Raises ConfigError if compilation is requested and a compiler is missing.
     """

@@ -18,7 +18,7 @@ from ..config.errors import WorkbenchError
 from ..config.kinds import RunConfig, validate_config
 from ..config.overrides import differing_keys
 from ..thinking.replay import ReplayFields
-from .base import TrainingModule, should_compile
+from .base import TrainingModule, resolve_compile
 from .checkpoints import CheckpointError, read_checked_checkpoint
 from ebt_nb.training.images import (
     build_image_module,
@@ -94,9 +94,9 @@ def get_model_kind(config: RunConfig) -> ModelKind:
 def compiles_steps(config: RunConfig, device: str) -> bool:
     """Return whether training steps of this kind of model are compiled on a kind of device.
 
-    Raises ConfigError as `should_compile` does.
+    Raises ConfigError as `resolve_compile` does.
     """
-    return get_model_kind(config).supports_compile and should_compile(config, device)
+    return get_model_kind(config).supports_compile and resolve_compile(config, device)
 
 
 def build_module(config: RunConfig, model: nn.Module | None = None) -> TrainingModule:

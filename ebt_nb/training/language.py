@@ -24,7 +24,7 @@ from ..models.transformer import Transformer
 from ..thinking.descent import Descent
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import TokenSpace
-from .base import Batch, EnergyTrainingModule, TrainingModule, should_compile
+from .base import Batch, EnergyTrainingModule, TrainingModule, resolve_compile
 from .losses import ObjectiveOutput
 from .objectives import energy_objective, feed_forward_objective
 
@@ -138,7 +138,7 @@ class LanguageModule(TrainingModule):
     @property
     def step_graphs(self) -> GraphCache | None:
         "Where training steps are recorded as graphs; None where they run eagerly."
-        return self._graph_cache if should_compile(self.config, self.device.type) else None
+        return self._graph_cache if resolve_compile(self.config, self.device.type) else None
 
     def setup(self, stage: str) -> None:
         "Read from the data module what metrics and checkpoints need."

@@ -38,7 +38,7 @@ class GradientAccumulator:
         self.gradients: list[Tensor | None] = [None] * len(weights)
         self._is_own = [False] * len(weights)  # gradients that only this object holds; they are added to in place
 
-    def allocate_gradient(self, weight: Tensor) -> Tensor | None:
+    def get_or_allocate_gradient(self, weight: Tensor) -> Tensor | None:
         """Return the gradient of one of the weights, to be added to in place; zeros are allocated if it is None.
 
         Returns None for a tensor that is not one of the weights.
@@ -47,7 +47,10 @@ class GradientAccumulator:
         if i is None:
             return None
         if self.gradients[i] is None:
-            self.gradients[i], self._is_own[i] = torch.zeros_like(weight), True
+            self.gradients[i] = torch.zeros_like(weight)
+        elif not self._is_own[i]:
+            self.gradients[i] = self.gradients[i].clone()
+        self._is_own[i] = True
         return self.gradients[i]
 
     def add_loss(self, loss: Float[Tensor, ""], leaves: list[Tensor], leaf_gradients: list[Tensor | None]) -> None:
@@ -161,7 +164,7 @@ class TrainingStep:
         "Return the objective without a graph, and the gradients of its loss with respect to the trainable weights."
         accumulator = GradientAccumulator(trainable_parameters(self.model, self.descent))
         num_targets = target_divisor(batch.targets)
-        table_buffer = accumulator.allocate_gradient(self.space.table)
+        table_buffer = accumulator.get_or_allocate_gradient(self.space.table)
         table_gradient = None if table_buffer is None else TableGradient(table_buffer)
         chunks = [batch]
         if self.rows_per_chunk < len(batch.inputs):
@@ -187,7 +190,8 @@ class TrainingStep:
     ) -> tuple[list[Tensor], Trace, Tensor | None]:
         """Add the loss of some rows and its gradients to `accumulator`.
 
-        `num_targets` are scored in the whole batch. Returns step losses, trace and contrastive term of these rows.
+        `num_targets` are scored in the whole batch; `table_gradient` wraps the accumulator's gradient of the space's
+        table, None if that is not trained. Returns step losses, trace and contrastive term of these rows.
         """
         model, objective = self.model, self.objective
         context, originals, leaves = detach_as_leaves(model.observe(chunk.inputs))
