@@ -126,7 +126,7 @@ SUBMIT_ARGUMENTS = (
 @command("send a script or an experiment notebook to a Slurm cluster, or run it here", *SUBMIT_ARGUMENTS)
 def submit(args: argparse.Namespace) -> None:
     "Send a script or a notebook to a cluster; print the job's number, and all else on the error output."
-    from ebt_nb.jobs.slurm import describe_data_prepared_by_job, find_script_or_notebook, prepare_submission
+    from ebt_nb.jobs.slurm import describe_data_to_prepare, find_script_or_notebook, prepare_submission
     from ebt_nb.jobs.slurm import submit as send
 
     work = find_script_or_notebook(args.what)
@@ -146,7 +146,7 @@ def submit(args: argparse.Namespace) -> None:
         args.runs_dir,
     )
     notes = list(job.notes)
-    if not args.prepare and (note := describe_data_prepared_by_job(job)):
+    if not args.prepare and (note := describe_data_to_prepare(job)):
         notes.append(note)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

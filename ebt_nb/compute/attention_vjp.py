@@ -49,7 +49,10 @@ def _candidate_probs(q: Tensor, k: Tensor, keys: Tensor, mask: Tensor | None) ->
 
 # %% ../../nbs/compute/04_attention_vjp.ipynb #5a6f05fc
 def without_autocast(function: Callable) -> Callable:
-    "Decorate a function so that it computes in the dtype of its tensor inputs, without casts by autocast."
+    """Decorate a function so that it computes in the dtype of its inputs, without casts by autocast.
+
+    It is called with positional arguments; those that are tensors must be on one device.
+    """
 
     @wraps(function)
     def run(*inputs):

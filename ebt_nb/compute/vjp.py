@@ -36,9 +36,9 @@ def assert_vjp_correct(
 ) -> None:
     """Assert that `function(*inputs) -> (value, pullback, ...)` agrees with autograd on `reference(*inputs) -> value`.
 
-    The pullback returns gradients with respect to the first `num_pulled` inputs, which must be float64. Compared are
-    the value and the pullback, with a graph and without, and the gradients of a random loss of both with respect to
-    all inputs.
+    The pullback returns gradients with respect to the first `num_pulled` inputs. All inputs must be float64.
+    Compared are the value and the pullback, with a graph and without, and the gradients of a random loss of both with
+    respect to all inputs.
     With `finite_differences` these gradients, and the value's second derivatives, are also compared with differences.
     """
 

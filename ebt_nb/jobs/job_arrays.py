@@ -16,7 +16,8 @@ from .sbatch_options import SubmitError
 def parse_array(items: Sequence[str]) -> list[dict[str, str]]:
     """Return the values of every task, name -> value, from ['name=value,value', ...]; empty without items.
 
-    Raises SubmitError for a name without values or given twice, and for a value that occurs twice.
+    The tasks are all combinations, the values of the last name varying fastest. Raises SubmitError for a name without
+    values or given twice, and for a value that occurs twice.
     """
     values_by_name = {}
     for item in items:

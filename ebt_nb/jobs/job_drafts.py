@@ -164,7 +164,10 @@ def _queued_status_files(jobs: list[NotebookJob], is_array: bool) -> dict[str, s
 
 # %% ../../nbs/jobs/07_job_drafts.ipynb #0dde398b
 def find_environment_variables(body: str) -> list[str]:
-    "Return the shell variables that a script uses but does not set, or for which it has a default."
+    """Return the shell variables that a script uses but does not set, or for which it has a default.
+
+    Comments do not count, nor do variables of bash, Slurm and the job scripts (BASH..., SLURM..., EBT_SCRIPT...).
+    """
     code = "\n".join(line for line in body.split("\n") if not line.lstrip().startswith("#"))
     used = dict.fromkeys(re.findall(r"\$\{?([A-Za-z_]\w*)", code))
     assigned = set(re.findall(r"(?:^|[\s;(])([A-Za-z_]\w*)\+?=", code))
@@ -194,7 +197,7 @@ def draft_script_job(
         raise SubmitError(
             f"--preset {preset}: {path.name} sets the preset itself; -p and words after -- are passed to it"
         )
-    _check_script_settings(path.name, body, settings, arguments, list(tasks[0]) if tasks else [])
+    _check_settings_reach_script(path.name, body, settings, arguments, list(tasks[0]) if tasks else [])
     arguments = list(arguments)
     for item in settings:
         arguments += ["-p", item]
@@ -220,7 +223,7 @@ def _format_task_setup(task: dict[str, str], arguments: list[str]) -> str:
     return " ".join([*words, shlex.join(["set", "--", *arguments])])
 
 # %% ../../nbs/jobs/07_job_drafts.ipynb #8124296a
-def _check_script_settings(
+def _check_settings_reach_script(
     script: str, body: str, settings: Sequence[str], arguments: Sequence[str], array_names: list[str]
 ) -> None:
     "Raise SubmitError for a setting that is unknown, given twice, or cannot reach the commands of a script."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dependency_options', 'read_job_id', 'Submission', 'prepare_submission', 'compose_script', 'find_script_or_notebook',
-           'distinct_data_configs', 'describe_data_prepared_by_job', 'ScriptFailed', 'submit', 'send_to_slurm',
+           'distinct_data_configs', 'describe_data_to_prepare', 'ScriptFailed', 'submit', 'send_to_slurm',
            'run_locally', 'wait_and_forward_sigterm']
 
 # %% ../../nbs/jobs/08_slurm.ipynb #dac10bbe
@@ -30,12 +30,12 @@ from ebt_nb.jobs.sbatch_options import (
     IGNORE_WARNING_COMMAND,
     SubmitError,
     find_header,
-    find_headers_folder,
+    headers_folder_path,
     is_warning_ignored,
     merge_options,
+    missing_warning_options,
     parse_sbatch_options,
     read_script,
-    warning_and_requeue_options,
 )
 from ..runs.files import create_folder, join_names, write_atomically
 from ..runs.status import current_time, write_status
@@ -131,7 +131,7 @@ def prepare_submission(
         raise SubmitError(f"{' '.join(script_arguments)}: a notebook accepts no arguments; set its parameters with -p")
     else:
         draft = draft_notebook_job(str(script_or_notebook), preset, settings, tasks, runs_dir, header_options)
-    default_options = _folder_options(draft.folder, tasks)
+    default_options = _working_folder_and_log_options(draft.folder, tasks)
     last_options = _array_options(tasks, max_parallel) | dependency_options(after)
     options = merge_options(default_options, header_options, draft.options, typed_options, last_options)
     notes = list(draft.notes)
@@ -143,7 +143,7 @@ def prepare_submission(
     return Submission(cluster, draft.folder, options, text, tasks, files, notes, draft.configs)
 
 # %% ../../nbs/jobs/08_slurm.ipynb #9e8eb03a
-def _folder_options(folder: Path, tasks: list[dict[str, str]]) -> dict[str, str | None]:
+def _working_folder_and_log_options(folder: Path, tasks: list[dict[str, str]]) -> dict[str, str | None]:
     "Return working folder and output file of a job: it runs in the current folder and writes into the job `folder`."
     log = folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")
     return {"chdir": str(Path.cwd()), "output": str(log), "open-mode": "append"}
@@ -164,7 +164,7 @@ def _trap_time_warning(
     The trap keeps the batch shell alive, so that training has time to save a checkpoint. Nothing is added if the job
     has such an option already. Appends a sentence about what was added to `notes`.
     """
-    warning = warning_and_requeue_options(options)
+    warning = missing_warning_options(options)
     if not warning:
         return options, commands
     added = " ".join(f"--{name}" + (f"={value}" if value else "") for name, value in warning.items())
@@ -212,7 +212,7 @@ def find_script_or_notebook(name: str) -> Path:
     experiments = [found.stem for found in sorted(find_experiments_folder().glob("*.ipynb"))]
     if name in experiments:
         return find_notebook(name)
-    scripts = [os.path.relpath(found) for found in sorted(find_headers_folder().parent.rglob("*.sh"))]
+    scripts = [os.path.relpath(found) for found in sorted(headers_folder_path().parent.rglob("*.sh"))]
     raise SubmitError(
         f"{name}: no such script or experiment{suggest(name, [*experiments, *scripts])}; "
         f"experiments are {join_names(experiments)}; a bash script or another notebook is given by its path"
@@ -230,7 +230,7 @@ def distinct_data_configs(submission: Submission) -> list[RunConfig]:
     return list(configs.values())
 
 
-def describe_data_prepared_by_job(submission: Submission) -> str | None:
+def describe_data_to_prepare(submission: Submission) -> str | None:
     "Return a sentence about data that a job on a cluster prepares itself; None if that takes no time or runs here."
     names = [config.data.source for config in distinct_data_configs(submission) if config.data.source != "austen"]
     if not names or submission.cluster == "none":

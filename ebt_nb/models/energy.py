@@ -199,7 +199,8 @@ class CandidateStream(GrowingStream):
         Both have a graph where gradients are enabled. Pending tokens and errors are those of `energy`.
         """
         *samples, _, num_candidates, _ = embedded.shape
-        _check_candidates_fit(num_candidates, context.num_visible_token_slots, landscape, self.landscapes)
+        num_observed = context.length_of_shortest_row() if num_candidates > 1 else 1  # one observed token is enough
+        _check_candidates_fit(num_candidates, num_observed, landscape, self.landscapes)
         step_embedding = self._embed_step(landscape)
         z = _merge_samples(embedded + step_embedding if self.conditioning == "step_embed" else embedded)
         if torch.is_grad_enabled():

@@ -60,6 +60,15 @@ class KeyValueCache:
         """
         return self.key_buffer.shape[2] - self.prefix_length - (0 if self.is_static else self.spare_capacity)
 
+    def length_of_shortest_row(self) -> int:
+        """Return the number of observed tokens that every row has, at least.
+
+        While a graph is recorded the rows' lengths are not known, and the number of visible slots is returned.
+        """
+        if self.lengths is None or is_tracing():
+            return self.num_visible_token_slots
+        return int(self.lengths.min())
+
     @property
     def newest_slots(self) -> CacheSlots:
         "The slot of each row's newest token; only where rows have lengths of their own."
@@ -175,7 +184,8 @@ def detach_as_leaves(cache: KeyValueCache) -> tuple[KeyValueCache, list[Tensor],
     """Cut a cache from the graph that it was computed in.
 
     Returns a cache whose keys and values are new leaves, the original keys and values, and the leaves in the same
-    order. Gradients of the leaves can later be sent back through the originals, all at once.
+    order. A leaf requires gradients if its original does; they can later be sent back through the originals, all at
+    once. Pending embeddings and the last hidden state are not cut.
     """
     originals = [tensor for layers in cache.layers.values() for layer in layers for tensor in layer]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in originals]

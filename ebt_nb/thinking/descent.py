@@ -112,10 +112,8 @@ def energy_and_gradient(
     if hasattr(energy, "energy_and_gradient"):
         return energy.energy_and_gradient(embedded, landscape, differentiable)
     with torch.enable_grad():
-        if not differentiable:
-            embedded = embedded.detach()
-        if not embedded.requires_grad:
-            embedded = embedded.requires_grad_()
+        if not (differentiable and embedded.requires_grad):
+            embedded = embedded.detach().requires_grad_()
         energies = energy(embedded, landscape)
         (gradient,) = torch.autograd.grad(energies.sum(), embedded, create_graph=differentiable)
     return (energies, gradient) if differentiable else (energies.detach(), gradient)
@@ -271,7 +269,8 @@ class DescentPolicy(nn.Module):
     ) -> StepSettings:
         """Return what the configuration says of a step, the landscape of which is `schedule[step]`.
 
-        Its size is multiplied by `step_scale`. What is not `differentiable` is detached.
+        Its size is multiplied by `step_scale`. If the descent is `differentiable`, the policy decides whether candidate
+        and direction are detached; if not, both are.
         """
         policy, alpha = self.policy, self.base_step_size(schedule[step])
         annealing = policy.anneal ** (step / max(1, len(schedule) - 1))
@@ -354,7 +353,7 @@ class Descent(DescentPolicy):
             settings = self.step_settings(step, schedule, step_scale, differentiable)
             if not keep_candidates and trace.energies:
                 trace.energies[-1] = trace.energies[-1].detach()
-            state = self._enter(space, candidate, rng, step, settings)
+            state = self._detach_and_enter(space, candidate, rng, step, settings)
             if early_stop is None and not only_lower:
                 candidate = None  # large, and not needed any more
             embedded = space.embed(state)
@@ -377,7 +376,7 @@ class Descent(DescentPolicy):
             trace.append_step(kept, energies, gradient_norms, settings.landscape, accepted)
         return trace
 
-    def _enter(
+    def _detach_and_enter(
         self, space: PredictionSpace, candidate: Tensor, rng: RandomKeys | None, step: int, settings: StepSettings
     ) -> State:
         "Cut the graph before a step if the policy says so, draw its noise and return its state."
