@@ -41,14 +41,30 @@ class _ModuleGroup(nn.ModuleList):
         return function(*inputs)
 
 
+def _name_parameters(modules: Sequence[nn.Module]) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """Return the parameters by name, each once, and for each place where one is used the name that it has there.
+
+    A parameter that several modules share has several places. A module that stands in several places is one.
+    """
+    names, parameters, places = {}, {}, {}
+    for path, module in _ModuleGroup(modules).named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            place = f"{path}.{attribute}"
+            places[place] = names.setdefault(parameter, place)
+            parameters[places[place]] = parameter
+    return parameters, places
+
+
 def _record_graph(
-    function: Callable[..., Any], modules: Sequence[nn.Module], values: list, trainable: dict[str, bool], compiled: bool
+    function: Callable[..., Any], modules: Sequence[nn.Module], values: list, places: dict[str, str], compiled: bool
 ) -> Callable[..., Any]:
     "Run a function once on fake tensors, and return the recorded graph as a function of (weights, inputs)."
+    trainable = {name: parameter.requires_grad for name, parameter in _name_parameters(modules)[0].items()}
 
     def run(weights, inputs):
         weights = {name: value.detach().requires_grad_(trainable[name]) for name, value in weights.items()}
-        result = functional_call(_ModuleGroup(modules), weights, (function, *inputs))
+        weights = {place: weights[name] for place, name in places.items()}
+        result = functional_call(_ModuleGroup(modules), weights, (function, *inputs), tie_weights=False)
         return tree_map_only(Tensor, Tensor.detach, result)
 
     token = _tracing.set(True)
@@ -88,7 +104,7 @@ class GraphCache:
         calls with different keys get different graphs.
         """
         device = next(t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
-        weights = {f"{i}.{name}": p for i, module in enumerate(modules) for name, p in module.named_parameters()}
+        weights, places = _name_parameters(modules)
         leaves, structure = tree_flatten((weights, inputs))
         key = (
             static_key,
@@ -99,8 +115,7 @@ class GraphCache:
         )
         values = tree_map_only(Tensor, Tensor.detach, [weights, inputs])
         if key not in self.graphs:
-            trainable = {name: p.requires_grad for name, p in weights.items()}
-            self.graphs[key] = _record_graph(function, modules, values, trainable, self.compiled)
+            self.graphs[key] = _record_graph(function, modules, values, places, self.compiled)
         with torch.no_grad(), torch.autocast(device, enabled=False), warnings.catch_warnings():
             warnings.filterwarnings(  # rotary angles are complex: a few numbers per step
                 "ignore", message="Torchinductor does not support code generation for complex operators"

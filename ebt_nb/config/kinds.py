@@ -131,6 +131,10 @@ class EnergyLanguageConfig(LanguageConfig):
     @model_validator(mode="after")
     def _check_objective(self):
         _check_truncation(self)
+        if self.thinking.rule != "embedding" and self.objective.start_weight:
+            raise ValueError(
+                "objective.start_weight: a start is a prediction only with thinking.rule=embedding; leave it out"
+            )
         if self.thinking.rule == "raw" and self.objective.contrastive:
             raise ValueError(
                 "objective.contrastive: compares one-hot targets with distributions, and thinking.rule=raw has none; "

@@ -90,10 +90,29 @@ class ThinkingConfig(Section):
 class TokenThinkingConfig(ThinkingConfig):
     "Policy of the descent over tokens."
 
-    rule: Literal["probabilities", "logits", "raw"] = Field(
+    rule: Literal["probabilities", "logits", "raw", "embedding"] = Field(
         "probabilities",
-        description="how a token candidate enters the network, and with respect to what the energy is differentiated",
+        description="how a token candidate enters the network, and with respect to what the energy is differentiated; "
+        "'embedding': it is a vector of model width, read out as logits at the end",
     )
+    start: Literal["noise", "zeros", "hidden", "newest"] = Field(
+        "noise",
+        description="the first candidate; with the rule 'embedding' also the observed stream's last hidden state or "
+        "the newest token's embedding, to which noise of thinking.start_std is added",
+    )
+
+    @model_validator(mode="after")
+    def _check_start(self):
+        if self.start not in ("hidden", "newest"):
+            return self
+        if self.rule != "embedding":
+            raise ValueError(f"start: {self.start} is a vector of model width; set thinking.rule=embedding")
+        if self.replay:
+            raise ValueError(
+                f"replay: stored predictions take the place of starts, and thinking.start={self.start} is trained as "
+                "one; set thinking.replay=0, or thinking.start to noise or zeros"
+            )
+        return self
 
 # %% ../../nbs/config/03_thinking.ipynb #206e9b46
 class InferenceConfig(Section):
@@ -152,6 +171,11 @@ class ObjectiveConfig(CrossEntropyConfig, ImageObjectiveConfig):
 
     contrastive: float = Field(
         0.0, ge=0, description="weight of softplus(energy of the truth - energy of the last input); 0 is off"
+    )
+    start_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the loss of the start, read out as a prediction; needs thinking.rule=embedding",
     )
 
 # %% ../../nbs/config/03_thinking.ipynb #5f6a383d

@@ -74,16 +74,17 @@ def predict_next_token(
     model = module.model
     if not isinstance(module, EnergyLanguageModule):
         return Prediction(model.next_logits(context))
+    space = module.space.with_guesses(context.guesses)
     result = think(
         model.condition_on(context),
-        module.space,
+        space,
         module.descent,
         rng,
         dtype=model.energy_head.weight.dtype,
         evaluate_energies=evaluate_energies,
     )
     energies = select_energies(result.final_energies, result.chosen_index)
-    return Prediction(result.prediction[:, 0], energies[:, 0], result.trace.num_moves[:, 0])
+    return Prediction(space.logits(result.prediction[:, 0]), energies[:, 0], result.trace.num_moves[:, 0])
 
 
 def select_energies(
@@ -118,16 +119,17 @@ def predict_uncached(
             observed = observed + 0 * embedded.reshape(-1, *observed.shape).sum(0)
         return model.energy(embedded, model.observe_embedded(observed), landscape)
 
+    space = module.space.with_guesses(model.observe(tokens).guesses)
     result = think(
         energy,
-        module.space,
+        space,
         module.descent,
         rng,
         dtype=model.energy_head.weight.dtype,
         evaluate_energies=evaluate_energies,
     )
     energies = select_energies(result.final_energies, result.chosen_index)
-    return Prediction(result.prediction[last], energies[last], result.trace.num_moves[last])
+    return Prediction(space.logits(result.prediction[last]), energies[last], result.trace.num_moves[last])
 
 # %% ../../nbs/inference/01_next_token.ipynb #4d7b450b
 def window_start(length: int, context: int) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['TokenMetrics', 'measure_batch', 'measure_energies', 'metrics_from_logits', 'auroc', 'uncertainty_auroc']
 
 # %% ../../nbs/inference/04_token_metrics.ipynb #5fee8759
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -82,9 +82,12 @@ def measure_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) 
     if not isinstance(module, EnergyLanguageModule):
         logits = model.output_head(model.hidden_states(batch["inputs"])[:, begin:])
         return metrics_from_logits(targets[scored], [logits], scored)
-    energy, rng = model.condition_on(model.observe(batch["inputs"])), module.batch_rng(batch)
-    result = think(energy, module.space, module.descent, rng[:, begin:], dtype=model.energy_head.weight.dtype)
-    metrics = metrics_from_logits(targets[scored], result.trace.candidates[1:], scored)
+    context, rng = model.observe(batch["inputs"]), module.batch_rng(batch)
+    guesses = None if context.guesses is None else context.guesses[:, begin:]
+    energy, space = model.condition_on(context), module.space.with_guesses(guesses)
+    result = think(energy, space, module.descent, rng[:, begin:], dtype=model.energy_head.weight.dtype)
+    logits = (space.logits(candidate) for candidate in result.trace.candidates[1:])
+    metrics = metrics_from_logits(targets[scored], logits, scored)
     num_steps = len(module.descent.draw_schedule())
     metrics.nll = torch.stack(pad_with_last(list(metrics.nll), num_steps))
     for name, values in measure_energies(module, energy, result, targets, scored, num_steps).items():
@@ -119,7 +122,7 @@ def measure_energies(
 
 
 def metrics_from_logits(
-    targets: Int[Tensor, "N"], logits: Sequence[Float[Tensor, "batch seq vocab"]], scored: Bool[Tensor, "batch seq"]
+    targets: Int[Tensor, "N"], logits: Iterable[Float[Tensor, "batch seq vocab"]], scored: Bool[Tensor, "batch seq"]
 ) -> TokenMetrics:
     "Return the metrics of the scored tokens without energies, from the logits after each step."
     nll = []

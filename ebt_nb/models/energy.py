@@ -16,19 +16,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..config.models import Conditioning
+from ..compute.vjp import Pullback
+from ..config.models import Conditioning, Guess
 from .attention import KeyValue, rotary_angles
 from .blocks import Block, run_blocks
 from .kv_cache import KeyValueCache, advance_to_next_slot, candidate_mask_and_angles, reserve_capacity
 from .layers import RMSNorm, call_with_recompute, modulated_norm_vjp
-from .transformer import initialise_transformer
+from .transformer import Readout, initialise_transformer
 
 # %% ../../nbs/models/05_energy.ipynb #6f4b7d3c
 class ObservedStream(nn.Module):
     """A network's stream of observed tokens, which leaves keys and values for candidates.
 
     The attributes are set by the network. `step_embedding` has one vector for each of the `landscapes` thinking steps.
-    While `activation_checkpointing` is set, training keeps only the inputs of blocks.
+    `guess` names what the context holds as `guesses`, from which candidates can start: the stream's own final states
+    ('hidden'), its inputs ('newest'), or nothing. While `activation_checkpointing` is set, training keeps only the
+    inputs of blocks.
     """
 
     embedding: nn.Module
@@ -39,6 +42,9 @@ class ObservedStream(nn.Module):
     rope_base: float
     head_width: int
     activation_checkpointing: bool
+    final_norm: RMSNorm
+    final_adaptive: nn.Linear | None
+    guess: Guess = "none"
 
     @property
     def has_shared_context(self) -> bool:
@@ -66,28 +72,42 @@ class ObservedStream(nn.Module):
     ) -> KeyValueCache:
         "Do what `observe` does, for vectors that are embedded already."
         landscapes = [None] if self.has_shared_context else range(self.landscapes)
-        layers = {landscape: self._run_observed(embedded, landscape) for landscape in landscapes}
-        context = KeyValueCache(layers, prefix_length=int(self.conditioning == "time_embed"))
+        layers, guesses = {}, embedded if self.guess == "newest" else None
+        for landscape in landscapes:
+            layers[landscape], hidden_states = self._run_observed(embedded, landscape)
+            guesses = hidden_states if guesses is None else guesses
+        context = KeyValueCache(layers, prefix_length=int(self.conditioning == "time_embed"), guesses=guesses)
         return context if lengths is None and not spare_capacity else reserve_capacity(context, lengths, spare_capacity)
 
-    def _run_observed(self, x: Float[Tensor, "batch seq width"], landscape: int | None) -> list[KeyValue]:
-        """Return the keys and values of all layers; what the last block would make of the stream is not computed.
+    def _run_observed(
+        self, x: Float[Tensor, "batch seq width"], landscape: int | None
+    ) -> tuple[list[KeyValue], Float[Tensor, "batch seq width"] | None]:
+        """Return the keys and values of all layers, and the final states if they are candidates' guesses.
 
-        `landscape` is that of the step on which the stream is conditioned, None where one context serves all. With
-        `time_embed` keys and values begin with those of the step's own token.
+        Otherwise what the last block would make of the stream is not computed. `landscape` is that of the step on which
+        the stream is conditioned, None where one context serves all. With `time_embed` keys and values begin with
+        those of the step's own token.
         """
         step_embedding = self._embed_step(landscape)
         if self.conditioning == "time_embed":
             x = torch.cat((step_embedding.expand(len(x), 1, -1), x), 1)
         angles = rotary_angles(torch.arange(x.shape[1], device=x.device), self.head_width, self.rope_base, x.dtype)
-        layers = []
-        *blocks, last = self.blocks
-        for block in blocks:
+        layers, has_guesses = [], self.guess == "hidden" and landscape in (None, 0)
+        for block in self.blocks if has_guesses else self.blocks[:-1]:
             x, key_value = call_with_recompute(
                 block.forward_observed, x, angles, step_embedding, recompute=self.activation_checkpointing
             )
             layers.append(key_value)
-        return [*layers, last.compute_key_value(x, angles, step_embedding)]
+        if has_guesses:
+            return layers, self._final_norm_vjp(x, step_embedding)[0][:, int(self.conditioning == "time_embed") :]
+        return [*layers, self.blocks[-1].compute_key_value(x, angles, step_embedding)], None
+
+    def _final_norm_vjp(
+        self, x: Float[Tensor, "batch seq width"], step_embedding: Float[Tensor, "width"] | None
+    ) -> tuple[Float[Tensor, "batch seq width"], Pullback]:
+        "Return the normalised output of the last block, and the pullback of the norm."
+        modulation = () if self.final_adaptive is None else self.final_adaptive(F.silu(step_embedding)).chunk(2)
+        return modulated_norm_vjp(self.final_norm, x, *modulation)
 
     def _embed_step(self, landscape: int | None) -> Float[Tensor, "width"] | None:
         "Return the embedding of a thinking step; None for a model or context that is not conditioned on it."
@@ -103,13 +123,15 @@ class GrowingStream(ObservedStream):
     def extend(self, context: KeyValueCache, tokens: Int[Tensor, "batch"]) -> None:
         """Observe one more token of each row, after its newest; changes the context in place.
 
-        Where one context serves all landscapes, the token is run through the layers together with the next candidates.
-        Raises ValueError where the context has no free slot.
+        Where one context serves all landscapes, the token is run through the layers together with the next candidates,
+        unless these start from what the layers make of it. Raises ValueError where the context has no free slot.
         """
         self._process_pending(context)
         advance_to_next_slot(context)
         context.pending_embeddings = self.embedding(tokens[:, None])
-        if not self.has_shared_context:
+        if self.guess == "newest":
+            context.guesses = context.pending_embeddings
+        if not self.has_shared_context or self.guess == "hidden":
             self._process_pending(context)
 
     @torch.no_grad()
@@ -125,8 +147,10 @@ class GrowingStream(ObservedStream):
             context, num_samples=0, rope_base=self.rope_base, dtype=newest.dtype, with_newest=True
         )
         for landscape in context.layers:
-            step_embedding = self._embed_step(landscape)
-            run_blocks(self.blocks, newest, context, mask_and_angles, landscape, step_embedding, context.newest_slots)
+            step_embedding, slots = self._embed_step(landscape), context.newest_slots
+            x, _ = run_blocks(self.blocks, newest, context, mask_and_angles, landscape, step_embedding, slots)
+            if self.guess == "hidden" and landscape in (None, 0):
+                context.guesses = self._final_norm_vjp(x, step_embedding)[0]
 
 # %% ../../nbs/models/05_energy.ipynb #e3f2dc1b
 def _check_candidates_fit(num_candidates: int, num_observed: int, landscape: int, landscapes: int) -> None:
@@ -157,8 +181,6 @@ def _split_samples(x: Float[Tensor, "batch all_cand *rest"], samples: list[int],
 class CandidateStream(GrowingStream):
     "A network's stream of candidates, which ends in one energy each."
 
-    final_norm: RMSNorm
-    final_adaptive: nn.Linear | None
     energy_head: nn.Linear
 
     def energy(
@@ -214,8 +236,7 @@ class CandidateStream(GrowingStream):
             z, newest_slots = torch.cat((newest, z), 1), context.newest_slots
         options = dict(newest_slots=newest_slots, recompute=self.activation_checkpointing)
         z, blocks_pullback = run_blocks(self.blocks, z, context, mask_and_angles, landscape, step_embedding, **options)
-        modulation = () if self.final_adaptive is None else self.final_adaptive(F.silu(step_embedding)).chunk(2)
-        z, norm_pullback = modulated_norm_vjp(self.final_norm, z, *modulation)
+        z, norm_pullback = self._final_norm_vjp(z, step_embedding)
         energies = (z * self.energy_head.weight).sum(-1)  # not a matrix product: autocast would round it
 
         def restore_shape(x: Tensor) -> Tensor:
@@ -235,8 +256,9 @@ class EnergyTransformer(CandidateStream):
 
     `embedding` turns observations into vectors [batch, seq, width]. `candidate_embedding` holds the weights with which
     a prediction space embeds candidates (the same module for tied weights). `landscapes` is the number of thinking
-    steps that the network can tell apart. While `activation_checkpointing` is set, training keeps only the inputs of
-    blocks.
+    steps that the network can tell apart. `readout` turns candidates that live in embedding space into logits, and
+    `guess` says what these can start from (`thinking/07_embedding_space`). While `activation_checkpointing` is set,
+    training keeps only the inputs of blocks.
     """
 
     def __init__(
@@ -251,6 +273,8 @@ class EnergyTransformer(CandidateStream):
         rope_base: float = 10000.0,
         conditioning: Conditioning = "step_embed",
         landscapes: int = 2,
+        readout: nn.Module | None = None,
+        guess: Guess = "none",
     ):
         super().__init__()
         if conditioning not in get_args(Conditioning):
@@ -265,6 +289,7 @@ class EnergyTransformer(CandidateStream):
         self.energy_head = nn.Linear(width, 1, bias=False)
         self.step_embedding = None if conditioning == "default" else nn.Embedding(landscapes, width)
         self.final_adaptive = nn.Linear(width, 2 * width) if adaptive else None
+        self.readout, self.guess = readout, guess
 
     @classmethod
     def for_tokens(
@@ -278,6 +303,30 @@ class EnergyTransformer(CandidateStream):
         table = nn.Embedding(vocab_size, width)
         model = cls(table, table if tied else nn.Embedding(vocab_size, width), layers, width, heads, **options)
         initialise_energy_model(model)
+        return model
+
+    @classmethod
+    def for_embeddings(
+        cls,
+        vocab_size: int,
+        layers: int,
+        width: int,
+        heads: int,
+        tied: bool = False,
+        guess: Guess = "hidden",
+        norm_eps: float = 1e-5,
+        **options,
+    ) -> "EnergyTransformer":
+        """Build a language model, whose candidates are vectors in embedding space.
+
+        They enter the network as they are, and a readout turns them into logits; its head is the token table if `tied`.
+        `options` are those of the constructor.
+        """
+        table = nn.Embedding(vocab_size, width)
+        readout = Readout(vocab_size, width, norm_eps, table if tied else None)
+        model = cls(table, table, layers, width, heads, readout=readout, guess=guess, norm_eps=norm_eps, **options)
+        initialise_energy_model(model)
+        readout.initialise(is_tied=tied)
         return model
 
     @property

@@ -29,6 +29,8 @@ class KeyValueCache:
         spare_capacity: free slots after the longest row.
         last_hidden_state: final state of each row's newest token, where the model predicts from it.
         pending_embeddings: embedded newest tokens that have a slot, but have not been run through the layers yet.
+        guesses: what the observed stream itself expects after each observed token, where candidates start from it; of
+            each row's newest token only, where rows can differ or grow.
         is_static: candidates look at the whole buffer, free slots included and masked, so that shapes stay the same
             while rows grow (for a recorded graph, `compute/00_graph`).
         memo: values derived from the others, kept until the cache grows.
@@ -44,6 +46,7 @@ class KeyValueCache:
     spare_capacity: int = 0
     last_hidden_state: Float[Tensor, "batch width"] | None = None
     pending_embeddings: Float[Tensor, "batch 1 width"] | None = None
+    guesses: Float[Tensor, "batch seq width"] | None = None
     is_static: bool = False
     memo: dict = field(default_factory=dict, repr=False)
 
@@ -140,7 +143,11 @@ def reserve_capacity(
         landscape: [KeyValue(*(F.pad(buffer, (0, 0, 0, spare_capacity)) for buffer in layer)) for layer in layers]
         for landscape, layers in cache.layers.items()
     }
-    return KeyValueCache(layers, cache.prefix_length, lengths.clone(), spare_capacity, cache.last_hidden_state)
+    guesses = cache.guesses
+    if guesses is not None and guesses.shape[1] > 1:
+        guesses = guesses[torch.arange(len(lengths), device=lengths.device), lengths - 1, None]
+    lengths, last_hidden_state = lengths.clone(), cache.last_hidden_state
+    return KeyValueCache(layers, cache.prefix_length, lengths, spare_capacity, last_hidden_state, guesses=guesses)
 
 
 def advance_to_next_slot(cache: KeyValueCache) -> None:
@@ -170,28 +177,33 @@ def select_rows(
         for landscape, layers in cache.layers.items()
     }
     lengths = None if cache.lengths is None else cache.lengths[rows]
+    guesses = None if cache.guesses is None else cache.guesses[rows]
     if length is not None:
-        return KeyValueCache(layers, cache.prefix_length, None if lengths is None else lengths.clamp(max=length))
+        if lengths is not None:
+            return KeyValueCache(layers, cache.prefix_length, lengths.clamp(max=length))
+        return KeyValueCache(layers, cache.prefix_length, guesses=None if guesses is None else guesses[:, :length])
     spare_capacity = 0
     if lengths is not None:
         spare_capacity = cache.key_buffer.shape[2] - cache.prefix_length - int(lengths.max())
     newest = (cache.last_hidden_state, cache.pending_embeddings)
     newest = (None if tensor is None else tensor[rows] for tensor in newest)
-    return KeyValueCache(layers, cache.prefix_length, lengths, spare_capacity, *newest, cache.is_static)
+    return KeyValueCache(layers, cache.prefix_length, lengths, spare_capacity, *newest, guesses, cache.is_static)
 
 
 def detach_as_leaves(cache: KeyValueCache) -> tuple[KeyValueCache, list[Tensor], list[Tensor]]:
     """Cut a cache from the graph that it was computed in.
 
-    Returns a cache whose keys and values are new leaves, the original keys and values, and the leaves in the same
+    Returns a cache whose keys, values and guesses are new leaves, the original tensors, and the leaves in the same
     order. A leaf requires gradients if its original does; they can later be sent back through the originals, all at
     once. Pending embeddings and the last hidden state are not cut.
     """
     originals = [tensor for layers in cache.layers.values() for layer in layers for tensor in layer]
+    if cache.guesses is not None:
+        originals.append(cache.guesses)
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in originals]
     remaining = iter(leaves)
     layers = {
         landscape: [KeyValue(next(remaining), next(remaining)) for _ in layers]
         for landscape, layers in cache.layers.items()
     }
-    return replace(cache, layers=layers, memo={}), originals, leaves
+    return replace(cache, layers=layers, guesses=next(remaining, None), memo={}), originals, leaves

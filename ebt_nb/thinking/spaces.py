@@ -110,10 +110,19 @@ class TokenSpace:
         "Return the same space over another table."
         return TokenSpace(table, self.rule, self.start_kind, self.start_std)
 
+    def with_guesses(self, guesses: Tensor | None) -> "TokenSpace":
+        "Return the same space: candidates over a vocabulary do not start from guesses."
+        return self
+
+    @property
+    def width(self) -> int:
+        "Width of a candidate, that of the vocabulary."
+        return len(self.table)
+
     @property
     def noise_width(self) -> int:
-        "Width of the Langevin noise: that of the vocabulary."
-        return len(self.table)
+        "Width of the Langevin noise."
+        return self.width
 
     def start(self, rng: RandomKeys, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch vocab"]:
         "Return the first candidates, one for every key."
@@ -152,6 +161,10 @@ class TokenSpace:
         The contrastive loss evaluates the energy of the truth with them.
         """
         return self.table[tokens]
+
+    def logits(self, candidate: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+        "Return the logits of a moved candidate: itself."
+        return candidate
 
     def log_probabilities(self, candidate: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
         "Return the log-probability (nats) that a moved candidate gives each token."

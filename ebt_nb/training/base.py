@@ -36,7 +36,7 @@ Batch = dict[str, Shaped[Tensor, "..."]]
 def objective_metrics(output: ObjectiveOutput, prefix: str) -> dict[str, Float[Tensor, ""]]:
     "Return the metrics of an objective: its loss, the loss of each step, and the mean energy before each step."
     metrics = {"loss": output.loss}
-    metrics |= {f"loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}
+    metrics |= {f"loss_step_{k}": loss for k, loss in enumerate(output.step_losses, output.first_scored_step)}
     if output.trace is not None:
         metrics |= {f"energy_step_{k}": energies.mean() for k, energies in enumerate(output.trace.energies, 1)}
     if output.contrastive_loss is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config.data import IGNORE_INDEX
 from ..thinking.chunked_loss import cross_entropy_and_softmax, row_chunks
 from ..thinking.descent import Energy, Trace
+from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace
 
 # %% ../../nbs/training/00_losses.ipynb #cc4dbb63
@@ -50,7 +51,7 @@ def chunked_cross_entropy(
 # %% ../../nbs/training/00_losses.ipynb #73a132ba
 def contrastive_loss(
     energy: Energy,
-    space: TokenSpace,
+    space: TokenSpace | EmbeddingSpace,
     targets: Int[Tensor, "batch seq"],
     num_targets: Int[Tensor, ""],
     energies: Float[Tensor, "batch seq"],
@@ -70,13 +71,15 @@ class ObjectiveOutput:
 
     Attributes:
         loss: what is differentiated.
-        step_losses: the loss after each step of the schedule, without a graph. A candidate that stopped early keeps
-            its last prediction, so there is always one for each step.
+        step_losses: the loss after each step of the schedule from `first_scored_step` on, without a graph. A candidate
+            that stopped early keeps its last prediction, so there is always one for each step.
         trace: the descent, with the candidates that the caller asked to keep; None for a model without one.
         contrastive_loss: the contrastive term, without its weight; None if there is none.
+        first_scored_step: the first step of which the loss was computed.
     """
 
     loss: Float[Tensor, ""]
     step_losses: list[Float[Tensor, ""]]
     trace: Trace | None = None
     contrastive_loss: Float[Tensor, ""] | None = None
+    first_scored_step: int = 1

@@ -18,6 +18,7 @@ from ..models.energy import EnergyTransformer
 from ..models.transformer import Transformer
 from ..thinking.chunked_loss import linear_cross_entropy
 from ..thinking.descent import Descent, pad_with_last
+from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace
 from ..thinking.verify import think
 from .losses import ObjectiveOutput, chunked_cross_entropy, contrastive_loss, target_divisor
@@ -33,7 +34,7 @@ from ebt_nb.training.training_step import (
 # %% ../../nbs/training/02_objectives.ipynb #3ac81759
 def energy_objective(
     model: EnergyTransformer,
-    space: TokenSpace,
+    space: TokenSpace | EmbeddingSpace,
     descent: Descent,
     inputs: Int[Tensor, "batch seq"],
     targets: Int[Tensor, "batch seq"],
@@ -41,7 +42,7 @@ def energy_objective(
     objective: ObjectiveConfig,
     schedule: list[int] | None = None,
     differentiable: bool = True,
-    start: Float[Tensor, "batch seq vocab"] | None = None,
+    start: Float[Tensor, "batch seq size"] | None = None,
     rows_per_chunk: int | None = None,
     keep_candidates: KeepCandidates = "none",
     graphs: GraphCache | None = None,
@@ -58,15 +59,16 @@ def energy_objective(
     """
     schedule = descent.draw_schedule() if schedule is None else schedule
     if differentiable and torch.is_grad_enabled():
-        rows_per_chunk = rows_per_chunk or default_rows_per_chunk(model, inputs, len(space.table))
+        rows_per_chunk = rows_per_chunk or default_rows_per_chunk(model, inputs, space.width)
         step = TrainingStep(model, space, descent, objective, schedule, rows_per_chunk, keep_candidates)
         batch = TokenBatch(inputs, targets, rng, start)
         return step(batch) if graphs is None else step.call_as_graph(graphs, batch)
     with torch.no_grad():
-        energy, dtype = model.condition_on(model.observe(inputs)), model.energy_head.weight.dtype
+        context, dtype = model.observe(inputs), model.energy_head.weight.dtype
+        energy, space = model.condition_on(context), space.with_guesses(context.guesses)
         result = think(energy, space, descent, rng, start, dtype, schedule, evaluate_energies=False)
-        candidates = result.trace.candidates[1:]
-        losses = [chunked_cross_entropy(candidate, targets, objective.label_smoothing) for candidate in candidates]
+        candidates, smoothing = result.trace.candidates[1:], objective.label_smoothing
+        losses = [chunked_cross_entropy(space.logits(candidate), targets, smoothing) for candidate in candidates]
         step_losses = pad_with_last(losses, len(schedule))
         loss = torch.stack(step_losses).mean() if objective.steps == "mean" else step_losses[-1]
         if not objective.contrastive:

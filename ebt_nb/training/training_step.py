@@ -21,6 +21,7 @@ from ..models.energy import EnergyTransformer
 from ..models.kv_cache import detach_as_leaves
 from ..thinking.chunked_loss import TableGradient
 from ..thinking.descent import Descent, Trace, check_finite
+from ..thinking.embedding_space import EmbeddingSpace, ScoringEmbeddingSpace
 from ..thinking.scoring import ScoringTokenSpace
 from ..thinking.spaces import TokenSpace
 from .losses import ObjectiveOutput, contrastive_loss, target_divisor
@@ -131,7 +132,7 @@ class TokenBatch(NamedTuple):
     inputs: Int[Tensor, "batch seq"]
     targets: Int[Tensor, "batch seq"]
     rng: RandomKeys
-    start: Float[Tensor, "batch seq vocab"] | None
+    start: Float[Tensor, "batch seq size"] | None
 
     def select_rows(self, rows: slice) -> "TokenBatch":
         "Return some rows of the batch."
@@ -147,7 +148,7 @@ class TrainingStep:
     """
 
     model: EnergyTransformer
-    space: TokenSpace
+    space: TokenSpace | EmbeddingSpace
     descent: Descent
     objective: ObjectiveConfig
     schedule: list[int]
@@ -164,7 +165,9 @@ class TrainingStep:
         "Return the objective without a graph, and the gradients of its loss with respect to the trainable weights."
         accumulator = GradientAccumulator(trainable_parameters(self.model, self.descent))
         num_targets = target_divisor(batch.targets)
-        table_buffer = accumulator.get_or_allocate_gradient(self.space.table)
+        table_buffer = None
+        if isinstance(self.space, TokenSpace):
+            table_buffer = accumulator.get_or_allocate_gradient(self.space.table)
         table_gradient = None if table_buffer is None else TableGradient(table_buffer)
         chunks = [batch]
         if self.rows_per_chunk < len(batch.inputs):
@@ -178,6 +181,7 @@ class TrainingStep:
             [sum(losses) for losses in zip(*step_losses)],
             Trace.concatenate(traces),
             sum(contrastive) if self.objective.contrastive else None,
+            first_scored_step=len(self.schedule) - len(step_losses[0]) + 1,
         )
         return output, accumulator.gradients
 
@@ -198,17 +202,17 @@ class TrainingStep:
         originals = [tensor for tensor in originals if tensor.requires_grad]
         leaves = [tensor for tensor in leaves if tensor.requires_grad]
         energy, leaf_gradients = model.condition_on(context), [None] * len(leaves)
-        space = ScoringTokenSpace(
-            self.space,
-            chunk.targets,
-            num_targets,
-            objective,
+        options = dict(
             num_steps=len(self.schedule),
             detached=self.descent.policy.detach,
             differentiate=lambda loss: accumulator.add_loss(loss, leaves, leaf_gradients),
-            table_gradient=table_gradient,
-            reuse_memory=self.keep_candidates != "all",
         )
+        if isinstance(self.space, EmbeddingSpace):
+            bound_space = self.space.with_guesses(context.guesses)
+            space = ScoringEmbeddingSpace(bound_space, chunk.targets, num_targets, objective, **options)
+        else:
+            options |= dict(table_gradient=table_gradient, reuse_memory=self.keep_candidates != "all")
+            space = ScoringTokenSpace(self.space, chunk.targets, num_targets, objective, **options)
         keep_all, dtype = self.keep_candidates == "all", model.energy_head.weight.dtype
         trace = self.descent(
             energy, space, chunk.start, chunk.rng, self.schedule, keep_candidates=keep_all, dtype=dtype
@@ -231,14 +235,17 @@ class TrainingStep:
         Raises ValueError if the space is not over the model's own table, and DivergenceError as the descent does, but
         after the step.
         """
-        if self.space.table is not self.model.candidate_table:
+        is_token_space = isinstance(self.space, TokenSpace)
+        if is_token_space and self.space.table is not self.model.candidate_table:
             raise ValueError(
                 "a training step as a graph: the table of the space must be the model's candidate_table, because a "
                 "graph takes the model's weights as inputs"
             )
 
         def compute(inputs, targets, first_word, second_word, start):
-            space = self.space.with_table(self.model.candidate_table)  # the tensor that stands there while recording
+            space = self.space
+            if is_token_space:  # the tensor that stands there while recording
+                space = space.with_table(self.model.candidate_table)
             recorded = TokenBatch(inputs, targets, RandomKeys(first_word, second_word), start)
             output, gradients = replace(self, space=space).loss_and_gradients(recorded)
             trace = output.trace
@@ -254,7 +261,8 @@ class TrainingStep:
             check_finite(step, landscape, energies[step], gradient_norms[step])
         loss = LossWithGradients.apply(loss, gradients, *trainable_parameters(self.model, self.descent))
         trace = Trace(candidates, energies, gradient_norms, list(self.schedule), accepted)
-        return ObjectiveOutput(loss, step_losses, trace, contrastive)
+        first_scored_step = len(self.schedule) - len(step_losses) + 1
+        return ObjectiveOutput(loss, step_losses, trace, contrastive, first_scored_step)
 
     def _static_key(self) -> tuple:
         "Return all settings that the recorded operations depend on."
