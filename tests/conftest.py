@@ -39,6 +39,27 @@ def pytest_configure(config):
     )
 
 
+LONGEST_FIRST = ("test_experiments", "test_slurm", "test_launch", "test_parallel")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Start with the files that take longest, so that two test processes end at about the same time.
+
+    With `--dist loadgroup` a file is run by one process, because its tests share fixtures; each experiment is on its
+    own.
+    """
+
+    def rank(item):
+        name = item.path.stem
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=rank)
+    for item in items:
+        is_alone = item.path.stem == "test_experiments"
+        item.add_marker(pytest.mark.xdist_group(item.name if is_alone else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def forker():
     "Runs `ebt` in processes of their own that need not import anything first."

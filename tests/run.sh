@@ -55,7 +55,8 @@ if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
 passed=$((passed + notebooks - bad)) failed=$((failed + bad))
 
 echo "== tests"
-"$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadfile --durations 10 --junitxml "$work/tests.xml"
+"$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadgroup --no-loadscope-reorder --durations 25 \
+    --junitxml "$work/tests.xml"
 count_tests "$work/tests.xml"
 
 echo "$passed passed, $failed failed"

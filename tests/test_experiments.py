@@ -46,6 +46,7 @@ THINK = {
     "rows": 2,
     "ablation_updates": 2,
     "ablation_rows": 2,
+    "only_variants": ["System 2", "System 1"],
 }
 BENCHMARK = {
     "threads": 1,
