@@ -28,7 +28,7 @@ from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import TokenSpace
 from .base import Batch, EnergyTrainingModule, TrainingModule, resolve_compile
-from .losses import ObjectiveOutput
+from .losses import ObjectiveOutput, chunked_cross_entropy
 from .objectives import energy_objective, feed_forward_objective
 
 # %% ../../nbs/training/06_language.ipynb #6b2fecfa
@@ -177,10 +177,16 @@ class LanguageModule(TrainingModule):
         return batch["inputs"].numel()
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
-        "Return the loss after each step, and the number of scored tokens."
-        losses = self.compute_objective(batch).step_losses
-        metrics = {f"val/loss_step_{k}": loss for k, loss in enumerate(losses, 1)}
-        return metrics, (batch["targets"] != IGNORE_INDEX).sum()
+        """Return the loss after each step, and the number of scored tokens.
+
+        Where candidates start from what the observed stream expects, the loss of the start comes first.
+        """
+        output, targets = self.compute_objective(batch), batch["targets"]
+        metrics = {}
+        if output.trace is not None and self.config.thinking.start in get_args(Guess):
+            metrics["val/loss_start"] = chunked_cross_entropy(self.space.logits(output.trace.candidates[0]), targets)
+        metrics |= {f"val/loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}
+        return metrics, (targets != IGNORE_INDEX).sum()
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return log V, and 0.1 nats per token."
