@@ -20,7 +20,14 @@ from ..compute.vjp import Pullback
 from ..config.models import Conditioning, Guess
 from .attention import KeyValue, rotary_angles
 from .blocks import Block, run_blocks
-from .kv_cache import KeyValueCache, advance_to_next_slot, candidate_mask_and_angles, reserve_capacity
+from ebt_nb.models.kv_cache import (
+    KeyValueCache,
+    advance_to_next_slot,
+    candidate_mask_and_angles,
+    merge_samples,
+    reserve_capacity,
+    split_samples,
+)
 from .layers import RMSNorm, call_with_recompute, modulated_norm_vjp
 from .transformer import Readout, initialise_transformer
 
@@ -82,11 +89,10 @@ class ObservedStream(nn.Module):
     def _run_observed(
         self, x: Float[Tensor, "batch seq width"], landscape: int | None
     ) -> tuple[list[KeyValue], Float[Tensor, "batch seq width"] | None]:
-        """Return the keys and values of all layers, and the final states if they are candidates' guesses.
+        """Return the keys and values of all layers, and the final states, computed only if candidates start there.
 
-        Otherwise what the last block would make of the stream is not computed. `landscape` is that of the step on which
-        the stream is conditioned, None where one context serves all. With `time_embed` keys and values begin with
-        those of the step's own token.
+        `landscape` is that of the step on which the stream is conditioned, None where one context serves all. With
+        `time_embed` keys and values begin with those of the step's own token.
         """
         step_embedding = self._embed_step(landscape)
         if self.conditioning == "time_embed":
@@ -124,7 +130,7 @@ class GrowingStream(ObservedStream):
         """Observe one more token of each row, after its newest; changes the context in place.
 
         Where one context serves all landscapes, the token is run through the layers together with the next candidates,
-        unless these start from what the layers make of it. Raises ValueError where the context has no free slot.
+        unless they start from it. Raises ValueError where the context has no free slot.
         """
         self._process_pending(context)
         advance_to_next_slot(context)
@@ -161,21 +167,6 @@ def _check_candidates_fit(num_candidates: int, num_observed: int, landscape: int
         )
     if not 0 <= landscape < landscapes:
         raise ValueError(f"landscape {landscape}: this model has {landscapes} (0 to {landscapes - 1})")
-
-
-def _merge_samples(embedded: Float[Tensor, "*samples batch cand width"]) -> Float[Tensor, "batch all_cand width"]:
-    "Put all samples of a row side by side: they are more candidates of the same context."
-    *samples, batch, num_candidates, width = embedded.shape
-    if not samples:
-        return embedded
-    return embedded.reshape(-1, batch, num_candidates, width).transpose(0, 1).flatten(1, 2)
-
-
-def _split_samples(x: Float[Tensor, "batch all_cand *rest"], samples: list[int], num_candidates: int) -> Tensor:
-    "Undo `_merge_samples`, for anything that there is for each candidate."
-    if not samples:
-        return x
-    return x.unflatten(1, (-1, num_candidates)).transpose(0, 1).reshape(*samples, *x[:, :num_candidates].shape)
 
 # %% ../../nbs/models/05_energy.ipynb #d96e17fa
 class CandidateStream(GrowingStream):
@@ -224,7 +215,7 @@ class CandidateStream(GrowingStream):
         num_observed = context.length_of_shortest_row() if num_candidates > 1 else 1  # one observed token is enough
         _check_candidates_fit(num_candidates, num_observed, landscape, self.landscapes)
         step_embedding = self._embed_step(landscape)
-        z = _merge_samples(embedded + step_embedding if self.conditioning == "step_embed" else embedded)
+        z = merge_samples(embedded + step_embedding if self.conditioning == "step_embed" else embedded)
         if torch.is_grad_enabled():
             self._process_pending(context)  # what is written in place must not be in a graph
         newest, context.pending_embeddings = context.pending_embeddings, None
@@ -240,7 +231,7 @@ class CandidateStream(GrowingStream):
         energies = (z * self.energy_head.weight).sum(-1)  # not a matrix product: autocast would round it
 
         def restore_shape(x: Tensor) -> Tensor:
-            return _split_samples(x[:, 1:] if has_newest else x, samples, num_candidates)
+            return split_samples(x[:, 1:] if has_newest else x, samples, num_candidates)
 
         def compute_gradient() -> Tensor:
             grad_z = norm_pullback(self.energy_head.weight.expand_as(z))
@@ -256,9 +247,8 @@ class EnergyTransformer(CandidateStream):
 
     `embedding` turns observations into vectors [batch, seq, width]. `candidate_embedding` holds the weights with which
     a prediction space embeds candidates (the same module for tied weights). `landscapes` is the number of thinking
-    steps that the network can tell apart. `readout` turns candidates that live in embedding space into logits, and
-    `guess` says what these can start from (`thinking/07_embedding_space`). While `activation_checkpointing` is set,
-    training keeps only the inputs of blocks.
+    steps that the network can tell apart. `readout` turns candidates that live in embedding space into logits
+    (`thinking/07_embedding_space`).
     """
 
     def __init__(
@@ -297,8 +287,7 @@ class EnergyTransformer(CandidateStream):
     ) -> "EnergyTransformer":
         """Build a language model, whose candidates are distributions over the vocabulary.
 
-        They are embedded with a table of their own or, if `tied`, with that of the tokens. `options` are those of the
-        constructor.
+        Their table is their own or, if `tied`, that of the tokens. `options` are those of the constructor.
         """
         table = nn.Embedding(vocab_size, width)
         model = cls(table, table if tied else nn.Embedding(vocab_size, width), layers, width, heads, **options)
@@ -319,8 +308,7 @@ class EnergyTransformer(CandidateStream):
     ) -> "EnergyTransformer":
         """Build a language model, whose candidates are vectors in embedding space.
 
-        They enter the network as they are, and a readout turns them into logits; its head is the token table if `tied`.
-        `options` are those of the constructor.
+        The head of its readout is the token table if `tied`. `options` are those of the constructor.
         """
         table = nn.Embedding(vocab_size, width)
         readout = Readout(vocab_size, width, norm_eps, table if tied else None)
@@ -365,10 +353,7 @@ def initialise_energy_model(model: EnergyTransformer) -> None:
 
     The gradients meant are those of the untrained model. The same random vector is added to the embedding of every
     observed token and of every candidate (or step), so that at first a candidate attends to what was observed
-    (reasons and measurements: `models/05_energy`).
-
-    For `adaln` gates start at one and modulation at nearly nothing. For `adaln_zero` gates start at zero: each block is
-    the identity.
+    (reasons: `models/05_energy`). Gates start at one with `adaln`, at zero (the identity) with `adaln_zero`.
     """
     initialise_transformer(model)
     width = model.energy_head.in_features
@@ -396,8 +381,7 @@ def initialise_energy_model(model: EnergyTransformer) -> None:
 def initialise_as_published(model: EnergyTransformer) -> None:
     """Initialise a model as the reference code does, for comparison.
 
-    Matrices are Xavier-normal, embeddings unit normal. With `adaln_zero` all adaptive layers and the energy head are
-    zero.
+    Matrices are Xavier-normal, embeddings unit normal, adaptive layers and head zero with `adaln_zero`.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):

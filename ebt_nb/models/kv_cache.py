@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KeyValueCache', 'candidate_positions', 'candidate_mask_and_angles', 'reserve_capacity', 'advance_to_next_slot',
-           'select_rows', 'detach_as_leaves']
+           'select_rows', 'detach_as_leaves', 'merge_samples', 'split_samples']
 
 # %% ../../nbs/models/02_kv_cache.ipynb #d5a2842d
 from dataclasses import dataclass, field, replace
@@ -207,3 +207,18 @@ def detach_as_leaves(cache: KeyValueCache) -> tuple[KeyValueCache, list[Tensor],
         for landscape, layers in cache.layers.items()
     }
     return replace(cache, layers=layers, guesses=next(remaining, None), memo={}), originals, leaves
+
+# %% ../../nbs/models/02_kv_cache.ipynb #f966a7e9
+def merge_samples(embedded: Float[Tensor, "*samples batch cand width"]) -> Float[Tensor, "batch all_cand width"]:
+    "Put all samples of a row side by side: they are more candidates of the same context."
+    *samples, batch, num_candidates, width = embedded.shape
+    if not samples:
+        return embedded
+    return embedded.reshape(-1, batch, num_candidates, width).transpose(0, 1).flatten(1, 2)
+
+
+def split_samples(x: Float[Tensor, "batch all_cand *rest"], samples: list[int], num_candidates: int) -> Tensor:
+    "Undo `merge_samples`, for anything that there is for each candidate."
+    if not samples:
+        return x
+    return x.unflatten(1, (-1, num_candidates)).transpose(0, 1).reshape(*samples, *x[:, :num_candidates].shape)

@@ -336,12 +336,10 @@ class Descent(DescentPolicy):
     ) -> Trace:
         """Descend from `start` (by default one that the space draws, of `dtype`) and return the trace.
 
-        `energy(embedded, landscape)` returns the energies of embedded candidates; `rng` decides starts, noise and
-        random step sizes, and may be None only where none of these is drawn. `schedule` holds the landscape of each
-        step (by default `draw_schedule()`, which raises ValueError where visits are random). With early stops the
-        trace may be shorter than the schedule. With `differentiable` the trace can be differentiated as the policy
-        says. Without `keep_candidates` it holds the last candidate only, and a graph of the last energies only. Raises
-        DivergenceError where an energy or its gradient is not finite.
+        `energy(embedded, landscape)` returns the energies of embedded candidates. `rng` decides starts, noise and
+        random step sizes (None: none is drawn), `schedule` the landscape of each step (by default `draw_schedule()`).
+        With early stops the trace may be shorter. If `differentiable` it has the graph that the policy says. Without
+        `keep_candidates` it has the last candidate only, and a graph of the last energies only. Raises DivergenceError.
         """
         schedule = self.draw_schedule() if schedule is None else schedule
         candidate = space.start(rng, dtype) if start is None else start

@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compute.rng import RandomKeys
 from ..config.data import IGNORE_INDEX
 from ..config.thinking import ObjectiveConfig
-from ..models.transformer import Readout
 from .chunked_loss import linear_cross_entropy
 from .spaces import State, gradient_step, initial_candidates
 
@@ -23,12 +22,13 @@ from .spaces import State, gradient_step, initial_candidates
 class EmbeddingSpace:
     """Candidates that are vectors in embedding space; the borrowed `readout` turns them into logits.
 
+    A readout is a `norm` and a linear `head` (`models/04_transformer`).
     A candidate starts from noise, from zeros, or from its own of the `guesses`, to which noise of `start_std` is added.
     """
 
     def __init__(
         self,
-        readout: Readout,
+        readout: nn.Module,
         start: str = "hidden",
         start_std: float = 0.0,
         guesses: Float[Tensor, "*batch width"] | None = None,
