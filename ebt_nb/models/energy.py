@@ -142,10 +142,7 @@ class GrowingStream(ObservedStream):
 
     @torch.no_grad()
     def _process_pending(self, context: KeyValueCache) -> None:
-        """Run pending newest tokens, if there are any, through the layers by themselves.
-
-        Their keys and values are written to the context's newest slots.
-        """
+        "Run pending newest tokens, if there are any, through the layers; keys and values go to the newest slots."
         newest, context.pending_embeddings = context.pending_embeddings, None
         if newest is None:
             return
@@ -162,9 +159,7 @@ class GrowingStream(ObservedStream):
 def _check_candidates_fit(num_candidates: int, num_observed: int, landscape: int, landscapes: int) -> None:
     "Raise ValueError for more candidates than observed tokens, or a landscape that a model does not have."
     if num_candidates > num_observed:
-        raise ValueError(
-            f"{num_candidates} candidates for {num_observed} observed tokens: each candidate follows one of them"
-        )
+        raise ValueError(f"{num_candidates} candidates for {num_observed} observed tokens: each follows one of them")
     if not 0 <= landscape < landscapes:
         raise ValueError(f"landscape {landscape}: this model has {landscapes} (0 to {landscapes - 1})")
 
@@ -303,7 +298,6 @@ class EnergyTransformer(CandidateStream):
         heads: int,
         tied: bool = False,
         guess: Guess = "hidden",
-        norm_eps: float = 1e-5,
         **options,
     ) -> "EnergyTransformer":
         """Build a language model, whose candidates are vectors in embedding space.
@@ -311,8 +305,8 @@ class EnergyTransformer(CandidateStream):
         The head of its readout is the token table if `tied`. `options` are those of the constructor.
         """
         table = nn.Embedding(vocab_size, width)
-        readout = Readout(vocab_size, width, norm_eps, table if tied else None)
-        model = cls(table, table, layers, width, heads, readout=readout, guess=guess, norm_eps=norm_eps, **options)
+        readout = Readout(vocab_size, width, options.get("norm_eps", 1e-5), table if tied else None)
+        model = cls(table, table, layers, width, heads, readout=readout, guess=guess, **options)
         initialise_energy_model(model)
         readout.initialise(is_tied=tied)
         return model
