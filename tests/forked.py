@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 FORKER = """
-import json, os, signal, sys, traceback
+import gc, json, os, signal, sys, traceback
+gc.set_threshold(10_000)
 import nbconvert, papermill
 import ebt_nb.cli.main, ebt_nb.jobs.launch, ebt_nb.jobs.notebook_jobs, ebt_nb.inference.evaluate
 import ebt_nb.inference.generate

@@ -37,7 +37,7 @@ echo "== notebooks and package agree"
 count_tests "$work/agree.xml"
 
 echo "== notebooks"
-OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2 --timing 2>&1 | tee "$work/notebooks.log"
+OMP_NUM_THREADS=1 "$python" tests/run_notebooks.py --n_workers 2 --timing 2>&1 | tee "$work/notebooks.log"
 status=${PIPESTATUS[0]}
 # Notebooks that nbdev_test really runs: not those whose front matter says skip_exec.
 notebooks=$("$python" - <<'RUN'

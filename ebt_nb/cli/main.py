@@ -6,6 +6,7 @@
 __all__ = ['COMMAND_MODULES', 'main']
 
 # %% ../../nbs/cli/10_main.ipynb #35bf843f
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -25,4 +26,5 @@ COMMAND_MODULES = (jobs, training, text, images, bench, presets, runs, remote)
 
 def main(argv: Sequence[str] | None = None) -> int:
     "Run a command of `ebt`, by default the one that was typed; return the exit code."
+    gc.set_threshold(10_000)
     return run_command(sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,8 @@
+"Run `nbdev_test` with rarer searches for garbage, as `ebt` does (`cli/10_main`)."
+
+import gc
+
+from nbdev.test import nbdev_test
+
+gc.set_threshold(10_000)
+nbdev_test()
