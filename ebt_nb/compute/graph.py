@@ -56,10 +56,11 @@ def _name_parameters(modules: Sequence[nn.Module]) -> tuple[dict[str, nn.Paramet
 
 
 def _record_graph(
-    function: Callable[..., Any], modules: Sequence[nn.Module], values: list, places: dict[str, str], compiled: bool
+    function: Callable[..., Any], modules: Sequence[nn.Module], values: list, compiled: bool
 ) -> Callable[..., Any]:
     "Run a function once on fake tensors, and return the recorded graph as a function of (weights, inputs)."
-    trainable = {name: parameter.requires_grad for name, parameter in _name_parameters(modules)[0].items()}
+    parameters, places = _name_parameters(modules)
+    trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
 
     def run(weights, inputs):
         weights = {name: value.detach().requires_grad_(trainable[name]) for name, value in weights.items()}
@@ -104,7 +105,7 @@ class GraphCache:
         calls with different keys get different graphs.
         """
         device = next(t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
-        weights, places = _name_parameters(modules)
+        weights, _ = _name_parameters(modules)
         leaves, structure = tree_flatten((weights, inputs))
         key = (
             static_key,
@@ -115,7 +116,7 @@ class GraphCache:
         )
         values = tree_map_only(Tensor, Tensor.detach, [weights, inputs])
         if key not in self.graphs:
-            self.graphs[key] = _record_graph(function, modules, values, places, self.compiled)
+            self.graphs[key] = _record_graph(function, modules, values, self.compiled)
         with torch.no_grad(), torch.autocast(device, enabled=False), warnings.catch_warnings():
             warnings.filterwarnings(  # rotary angles are complex: a few numbers per step
                 "ignore", message="Torchinductor does not support code generation for complex operators"

@@ -7,10 +7,11 @@ __all__ = ['ThinkingConfig', 'TokenThinkingConfig', 'InferenceConfig', 'CrossEnt
            'ObjectiveConfig', 'GenerationConfig', 'EnergyGenerationConfig']
 
 # %% ../../nbs/config/03_thinking.ipynb #3b7e4ec2
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
+from .models import Guess
 from .sections import Section
 
 # %% ../../nbs/config/03_thinking.ipynb #eea07fc5
@@ -101,9 +102,14 @@ class TokenThinkingConfig(ThinkingConfig):
         "the newest token's embedding, to which noise of thinking.start_std is added",
     )
 
+    @property
+    def guess(self) -> Guess:
+        "What the observed stream has to leave for candidates to start from."
+        return self.start if self.start in get_args(Guess) else "none"
+
     @model_validator(mode="after")
     def _check_start(self):
-        if self.start not in ("hidden", "newest"):
+        if self.guess == "none":
             return self
         if self.rule != "embedding":
             raise ValueError(f"start: {self.start} is a vector of model width; set thinking.rule=embedding")

@@ -16,11 +16,12 @@ from ..compute.rng import RandomKeys
 from ..config.data import IGNORE_INDEX
 from ..config.thinking import ObjectiveConfig
 from .chunked_loss import linear_cross_entropy
-from .spaces import State, gradient_step, initial_candidates
+from .scoring import ScoringSpace
+from .spaces import ContinuousSpace, State, initial_candidates
 
 # %% ../../nbs/thinking/07_embedding_space.ipynb #8d613d48
-class EmbeddingSpace:
-    """Candidates that are vectors in embedding space; the borrowed `readout` turns them into logits.
+class EmbeddingSpace(ContinuousSpace):
+    """Vectors that are embedded as they are; the borrowed `readout` turns them into logits.
 
     A readout is a `norm` and a linear `head` (`models/04_transformer`).
     A candidate starts from noise, from zeros, or from its own of the `guesses`, to which noise of `start_std` is added.
@@ -33,55 +34,28 @@ class EmbeddingSpace:
         start_std: float = 0.0,
         guesses: Float[Tensor, "*batch width"] | None = None,
     ):
+        super().__init__(readout.head.in_features, start_std=start_std)
         self.readout = readout
         self.start_kind = start
-        self.start_std = start_std
         self.guesses = guesses
-        self.width = self.noise_width = readout.head.in_features
 
     def with_guesses(self, guesses: Float[Tensor, "*batch width"] | None) -> "EmbeddingSpace":
         "Return the same space, whose candidates start from these guesses if its start is one."
         return EmbeddingSpace(self.readout, self.start_kind, self.start_std, guesses)
-
-    @property
-    def starts_from_guess(self) -> bool:
-        "Whether candidates start from what the observed stream expects."
-        return self.start_kind in ("hidden", "newest")
 
     def start(self, rng: RandomKeys, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch width"]:
         """Return the first candidates, one for every key.
 
         Raises ValueError where candidates start from guesses and the space has none.
         """
-        if not self.starts_from_guess:
-            return initial_candidates(rng, self.width, self.start_kind, self.start_std, dtype)
+        if self.start_kind not in ("hidden", "newest"):
+            return super().start(rng, dtype)
         if self.guesses is None:
             raise ValueError(f"candidates start from guesses ({self.start_kind}): bind a context with `with_guesses`")
         guesses = self.guesses.to(dtype).expand(*rng.first_word.shape, self.width)
         if not self.start_std:
             return guesses
         return guesses + initial_candidates(rng, self.width, "noise", self.start_std, dtype)
-
-    def enter(
-        self, candidate: Float[Tensor, "*batch width"], noise: Float[Tensor, "*batch width"] | None = None
-    ) -> State:
-        "Add noise to the candidate, where it stays."
-        return State(candidate if noise is None else candidate + noise)
-
-    def embed(self, state: State) -> Float[Tensor, "*batch width"]:
-        "Return the candidate: it is embedded already."
-        return state.value
-
-    def move(
-        self,
-        state: State,
-        gradient: Float[Tensor, "*batch width"],
-        step_size: Float[Tensor, "..."],
-        bound: Float[Tensor, ""] | None = None,
-        detach_direction: bool = False,
-    ) -> Float[Tensor, "*batch width"]:
-        "Return the candidate after one step against the gradient."
-        return gradient_step(state.value, gradient, step_size, bound, detach_direction)
 
     def embed_tokens(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
         "Return a candidate that is certain of each token: the direction of its row in the head, of unit mean square."
@@ -97,12 +71,11 @@ class EmbeddingSpace:
         return self.logits(candidate).log_softmax(-1)
 
 # %% ../../nbs/thinking/07_embedding_space.ipynb #5b69c49c
-class ScoringEmbeddingSpace:
+class ScoringEmbeddingSpace(ScoringSpace):
     """An embedding space that adds up the cross-entropy of its start and its moves, and has it differentiated.
 
-    `pending_loss` is what was not differentiated yet. `flush` hands it to the function `differentiate`: before each
-    step if steps are `detached`, and when the caller does at the end. `step_losses` are the mean losses of the moves
-    that count, without a graph: of all, or of the last of `num_steps`.
+    The loss is flushed before each step if steps are `detached`, and when the caller does at the end. `step_losses` are
+    the mean losses of the moves that count, without a graph: of all, or of the last of `num_steps`.
     """
 
     def __init__(
@@ -115,17 +88,16 @@ class ScoringEmbeddingSpace:
         detached: bool,
         differentiate: Callable[[Tensor], None],
     ):
+        super().__init__(differentiate)
         self.space = space
         self.targets = targets
         self.objective = objective
         self.num_steps = num_steps
         self.num_moves = 0
         self.detached = detached
-        self.differentiate = differentiate
         self.noise_width = space.noise_width
         self.weights = (targets != IGNORE_INDEX).to(space.readout.head.weight.dtype) / num_targets
         self.step_losses: list[Float[Tensor, ""]] = []
-        self.pending_loss: Float[Tensor, ""] | None = None
 
     def start(self, rng: RandomKeys, dtype: torch.dtype = torch.float32) -> Float[Tensor, "batch seq width"]:
         "Return the first candidates, one for every key, and score them if `objective.start_weight` says so."
@@ -168,11 +140,5 @@ class ScoringEmbeddingSpace:
         normed, table = readout.norm(candidate), readout.head.weight
         smoothing = self.objective.label_smoothing
         loss, _ = linear_cross_entropy(normed, table, self.targets, weight * self.weights, smoothing)
-        self.pending_loss = loss if self.pending_loss is None else self.pending_loss + loss
+        self.add_pending(loss)
         return loss.detach() / weight
-
-    def flush(self, extra_loss: Float[Tensor, ""] | None = None) -> None:
-        "Differentiate the pending loss, plus `extra_loss` if given. Without a pending loss nothing happens."
-        pending_loss, self.pending_loss = self.pending_loss, None
-        if pending_loss is not None:
-            self.differentiate(pending_loss if extra_loss is None else pending_loss + extra_loss)

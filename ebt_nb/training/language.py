@@ -9,7 +9,6 @@ __all__ = ['build_language_network', 'prediction_space', 'random_token_loss', 'c
 
 # %% ../../nbs/training/06_language.ipynb #45f9550e
 import math
-from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +18,6 @@ from ..compute.graph import GraphCache
 from ..compute.rng import RandomKeys
 from ..config.data import IGNORE_INDEX
 from ..config.kinds import RunConfig
-from ..config.models import Guess
 from ..config.thinking import CrossEntropyConfig, ObjectiveConfig
 from ..models.energy import EnergyTransformer, initialise_as_published
 from ..models.transformer import Transformer
@@ -51,8 +49,7 @@ def build_language_network(config: RunConfig) -> EnergyTransformer | Transformer
             return Transformer(**shape)
         options = dict(conditioning=m.conditioning, landscapes=config.thinking.steps)
         if config.thinking.rule == "embedding":
-            guess = config.thinking.start if config.thinking.start in get_args(Guess) else "none"
-            return EnergyTransformer.for_embeddings(**shape, guess=guess, **options)
+            return EnergyTransformer.for_embeddings(**shape, guess=config.thinking.guess, **options)
         model = EnergyTransformer.for_tokens(**shape, **options)
         if m.init == "reference":
             initialise_as_published(model)
@@ -183,7 +180,7 @@ class LanguageModule(TrainingModule):
         """
         output, targets = self.compute_objective(batch), batch["targets"]
         metrics = {}
-        if output.trace is not None and self.config.thinking.start in get_args(Guess):
+        if output.trace is not None and self.config.thinking.guess != "none":
             metrics["val/loss_start"] = chunked_cross_entropy(self.space.logits(output.trace.candidates[0]), targets)
         metrics |= {f"val/loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}
         return metrics, (targets != IGNORE_INDEX).sum()

@@ -110,7 +110,7 @@ def trainable_parameters(*modules: nn.Module) -> list[Tensor]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def default_rows_per_chunk(model: EnergyTransformer, inputs: Int[Tensor, "batch seq"], vocab_size: int) -> int:
+def default_rows_per_chunk(model: EnergyTransformer, inputs: Int[Tensor, "batch seq"], candidate_width: int) -> int:
     """Return how many rows of a batch are processed in one chunk: all on a GPU, fewer on a CPU.
 
     On a CPU a chunk has some 100 million numbers (400 MB) of candidates and activations. Chunks are about equal.
@@ -118,7 +118,7 @@ def default_rows_per_chunk(model: EnergyTransformer, inputs: Int[Tensor, "batch 
     rows, seq = inputs.shape
     width = model.energy_head.in_features
     activations = len(model.blocks) * (20 * width + 4 * width // model.head_width * seq)
-    numbers = seq * (vocab_size + activations)
+    numbers = seq * (candidate_width + activations)
     chunks = 1 if inputs.is_cuda else -(-rows // max(1, 100_000_000 // numbers))
     return -(-rows // chunks)
 
