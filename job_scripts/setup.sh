@@ -40,7 +40,8 @@ install() {
     echo "setup: installing the packages of constraints.txt (about 2 GB; minutes the first time)"
     touch "$unfinished"
     local failed=0
-    "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check -e '.[dev,tensorboard,sweep,images]' -c constraints.txt </dev/null || failed=$?
+    # --no-compile: Python compiles what is imported when it is first imported, which is a fraction of what is installed
+    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,tensorboard,sweep,images]' -c constraints.txt </dev/null || failed=$?
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }

@@ -63,7 +63,7 @@ LANGUAGE_KIND = ModelKind(
     build_module=build_language_module,
     replay_fields=text_replay_fields,
     candidate_shape=text_candidate_shape,
-    weight_keys=(*TRUNK_KEYS, "model.vocab_size", "model.tied"),
+    weight_keys=(*TRUNK_KEYS, "model.vocab_size", "model.tied", "model.energy"),
     supports_compile=True,
     supports_row_chunks=True,
 )

@@ -47,7 +47,7 @@ def build_language_network(config: RunConfig) -> EnergyTransformer | Transformer
         torch.manual_seed(config.run.seed)
         if m.kind == "transformer":
             return Transformer(**shape)
-        options = dict(conditioning=m.conditioning, landscapes=config.thinking.steps)
+        options = dict(conditioning=m.conditioning, landscapes=config.thinking.steps, energy=m.energy)
         if config.thinking.rule == "embedding":
             return EnergyTransformer.for_embeddings(**shape, guess=config.thinking.guess, **options)
         model = EnergyTransformer.for_tokens(**shape, **options)
@@ -96,7 +96,7 @@ def calibrate_energy_head(model: EnergyTransformer, config: RunConfig, samples: 
 
     motionless = descend(lambda embedded, landscape: 0 * embedded.sum(-1))
     std = (descend(model.condition_on(context))[0] - motionless[0]).std().item()
-    model.energy_head.weight.mul_(m.first_step_std / std)
+    model.energy_head.rescale(m.first_step_std / std)
 
     def costs_too_much():
         moved = [random_token_loss(space.logits(z)) for z in descend(model.condition_on(context))]
@@ -107,10 +107,10 @@ def calibrate_energy_head(model: EnergyTransformer, config: RunConfig, samples: 
 
     halvings = 0
     while halvings < 12 and costs_too_much():
-        model.energy_head.weight.div_(2)
+        model.energy_head.rescale(1 / 2)
         halvings += 1
     if halvings:
-        model.energy_head.weight.div_(4)
+        model.energy_head.rescale(1 / 4)
     return std
 
 
