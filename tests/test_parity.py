@@ -274,7 +274,7 @@ def check_energy_model(case, file):
     compare(case, "out/loss", outcome.loss, file["out/loss"])
     compare(case, "out/perplexity", outcome.step_losses[-1].exp(), file["out/perplexity"])
     if "out/contrastive_loss" in file:
-        compare(case, "out/contrastive_loss", outcome.contrastive_loss, file["out/contrastive_loss"])
+        compare(case, "out/contrastive_loss", outcome.auxiliary["contrastive"], file["out/contrastive_loss"])
     outcome.loss.backward()
     check_gradients(case, file, map_parameters(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
 

@@ -178,6 +178,12 @@ class ObjectiveConfig(CrossEntropyConfig, ImageObjectiveConfig):
     contrastive: float = Field(
         0.0, ge=0, description="weight of softplus(energy of the truth - energy of the last input); 0 is off"
     )
+    loss_prediction: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the Huber distance between the energy before the last step and the loss after it "
+        "(nats), which makes the energy a judge; 0 is off",
+    )
     start_weight: float = Field(
         0.0,
         ge=0,

@@ -45,12 +45,10 @@ class LinearEnergy(nn.Linear):
 class ReconstructionEnergy(LinearEnergy):
     "The squared distance of a candidate from its reconstruction M u, plus a linear term: E = s/2 |z - M u|^2 + w u."
 
-    scale: Float[Tensor, ""]
-
     def __init__(self, width: int):
         super().__init__(width)
         self.reconstruction = nn.Linear(width, width, bias=False)
-        self.register_buffer("scale", torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -139,6 +139,6 @@ class ScoringEmbeddingSpace(ScoringSpace):
         readout = self.space.readout
         normed, table = readout.norm(candidate), readout.head.weight
         smoothing = self.objective.label_smoothing
-        loss, _ = linear_cross_entropy(normed, table, self.targets, weight * self.weights, smoothing)
+        loss, self.last_losses = linear_cross_entropy(normed, table, self.targets, weight * self.weights, smoothing)
         self.add_pending(loss)
         return loss.detach() / weight

@@ -70,21 +70,25 @@ def write_softmax(candidate: Float[Tensor, "batch seq vocab"], out: Float[Tensor
 
 # %% ../../nbs/thinking/06_scoring.ipynb #9156885d
 class ScoringSpace:
-    "A space with a loss that was not differentiated yet, which `flush` hands to the function `differentiate`."
+    """A space with a loss that was not differentiated yet, which `flush` hands to the function `differentiate`.
+
+    `last_losses` are those of all positions after the last move (nats), without a graph.
+    """
 
     def __init__(self, differentiate: Callable[[Tensor], None]):
         self.differentiate = differentiate
         self.pending_loss: Float[Tensor, ""] | None = None
+        self.last_losses: Float[Tensor, "batch seq"] | None = None
 
     def add_pending(self, loss: Float[Tensor, ""]) -> None:
         "Add a loss to what is pending."
         self.pending_loss = loss if self.pending_loss is None else self.pending_loss + loss
 
-    def flush(self, extra_loss: Float[Tensor, ""] | None = None) -> None:
-        "Differentiate the pending loss, plus `extra_loss` if given. Without a pending loss nothing happens."
+    def flush(self, extra_loss: Float[Tensor, ""] | float = 0.0) -> None:
+        "Differentiate the pending loss plus `extra_loss`. Without a pending loss nothing happens."
         pending_loss, self.pending_loss = self.pending_loss, None
         if pending_loss is not None:
-            self.differentiate(pending_loss if extra_loss is None else pending_loss + extra_loss)
+            self.differentiate(pending_loss + extra_loss)
 
 
 class ScoringTokenSpace(ScoringSpace):
@@ -185,6 +189,7 @@ class ScoringTokenSpace(ScoringSpace):
         if self.reuse_memory and (self._owns_candidate or self.space.rule == "probabilities"):
             self._free_memory = state.value
         self._owns_candidate = True
+        self.last_losses = scored.losses
         self.step_losses.append(scored.losses.sum() / self.num_targets)
         if has_loss:
             self.add_pending(scored.loss)

@@ -39,8 +39,7 @@ def objective_metrics(output: ObjectiveOutput, prefix: str) -> dict[str, Float[T
     metrics |= {f"loss_step_{k}": loss for k, loss in enumerate(output.step_losses, output.first_scored_step)}
     if output.trace is not None:
         metrics |= {f"energy_step_{k}": energies.mean() for k, energies in enumerate(output.trace.energies, 1)}
-    if output.contrastive_loss is not None:
-        metrics["contrastive"] = output.contrastive_loss
+    metrics |= output.auxiliary
     return {f"{prefix}/{name}": value.detach() for name, value in metrics.items()}
 
 # %% ../../nbs/training/05_base.ipynb #a455602e

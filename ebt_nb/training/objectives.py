@@ -7,6 +7,7 @@ __all__ = ['energy_objective', 'feed_forward_objective']
 
 # %% ../../nbs/training/02_objectives.ipynb #e394e2b4
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,7 +22,13 @@ from ..thinking.descent import Descent, pad_with_last
 from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace
 from ..thinking.verify import think
-from .losses import ObjectiveOutput, chunked_cross_entropy, contrastive_loss, target_divisor
+from ebt_nb.training.losses import (
+    ObjectiveOutput,
+    auxiliary_losses,
+    chunked_cross_entropy,
+    target_divisor,
+    weighted_sum,
+)
 from ebt_nb.training.training_step import (
     KeepCandidates,
     LossWithGradients,
@@ -71,11 +78,15 @@ def energy_objective(
         losses = [chunked_cross_entropy(space.logits(candidate), targets, smoothing) for candidate in candidates]
         step_losses = pad_with_last(losses, len(schedule))
         loss = torch.stack(step_losses).mean() if objective.steps == "mean" else step_losses[-1]
-        if not objective.contrastive:
+        if not objective.contrastive and not objective.loss_prediction:
             return ObjectiveOutput(loss, step_losses, result.trace)
-        last, energies = model.landscapes - 1, result.trace.energies[-1]
-        contrastive = contrastive_loss(energy, space, targets, target_divisor(targets), energies, last)
-        return ObjectiveOutput(loss + objective.contrastive * contrastive, step_losses, result.trace, contrastive)
+        logits = space.logits(candidates[-1]).movedim(-1, 1)
+        last_losses = F.cross_entropy(
+            logits, targets, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
+        )
+        num_targets = target_divisor(targets)
+        terms = auxiliary_losses(energy, space, result.trace, last_losses, targets, num_targets, objective)
+        return ObjectiveOutput(loss + weighted_sum(terms, objective), step_losses, result.trace, terms)
 
 # %% ../../nbs/training/02_objectives.ipynb #3223ed66
 def feed_forward_objective(

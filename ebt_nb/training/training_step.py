@@ -24,7 +24,7 @@ from ..thinking.descent import Descent, Trace, check_finite
 from ..thinking.embedding_space import EmbeddingSpace, ScoringEmbeddingSpace
 from ..thinking.scoring import ScoringTokenSpace
 from ..thinking.spaces import TokenSpace
-from .losses import ObjectiveOutput, contrastive_loss, target_divisor
+from .losses import ObjectiveOutput, auxiliary_losses, target_divisor, weighted_sum
 
 # %% ../../nbs/training/01_training_step.ipynb #fe4fc64e
 class GradientAccumulator:
@@ -175,12 +175,12 @@ class TrainingStep:
             chunks = [batch.select_rows(slice(begin, begin + self.rows_per_chunk)) for begin in begins]
         with torch.enable_grad():
             outputs = [self._add_chunk(chunk, num_targets, accumulator, table_gradient) for chunk in chunks]
-        step_losses, traces, contrastive = zip(*outputs)
+        step_losses, traces, terms = zip(*outputs)
         output = ObjectiveOutput(
             accumulator.loss,
             [sum(losses) for losses in zip(*step_losses)],
             Trace.concatenate(traces),
-            sum(contrastive) if self.objective.contrastive else None,
+            {name: sum(of_chunk[name] for of_chunk in terms) for name in terms[0]},
             first_scored_step=len(self.schedule) - len(step_losses[0]) + 1,
         )
         return output, accumulator.gradients
@@ -191,11 +191,11 @@ class TrainingStep:
         num_targets: Int[Tensor, ""],
         accumulator: GradientAccumulator,
         table_gradient: TableGradient | None,
-    ) -> tuple[list[Tensor], Trace, Tensor | None]:
+    ) -> tuple[list[Tensor], Trace, dict[str, Tensor]]:
         """Add the loss of some rows and its gradients to `accumulator`.
 
         `num_targets` are scored in the whole batch; `table_gradient` wraps the accumulator's gradient of the space's
-        table, None if that is not trained. Returns step losses, trace and contrastive term of these rows.
+        table, None if that is not trained. Returns step losses, trace and auxiliary losses of these rows.
         """
         model, objective = self.model, self.objective
         context, originals, leaves = detach_as_leaves(model.observe(chunk.inputs))
@@ -217,17 +217,14 @@ class TrainingStep:
         trace = self.descent(
             energy, space, chunk.start, chunk.rng, self.schedule, keep_candidates=keep_all, dtype=dtype
         )
-        contrastive = None
-        if objective.contrastive:
-            last = model.landscapes - 1
-            contrastive = contrastive_loss(energy, self.space, chunk.targets, num_targets, trace.energies[-1], last)
-        space.flush(None if contrastive is None else objective.contrastive * contrastive)
+        terms = auxiliary_losses(energy, self.space, trace, space.last_losses, chunk.targets, num_targets, objective)
+        space.flush(weighted_sum(terms, objective))
         reached = [i for i, gradient in enumerate(leaf_gradients) if gradient is not None]
         if reached:  # through the observed stream, once
             accumulator.backward([originals[i] for i in reached], [leaf_gradients[i] for i in reached])
         if self.keep_candidates == "none":
             trace.candidates.clear()
-        return space.step_losses, trace.detach(), None if contrastive is None else contrastive.detach()
+        return space.step_losses, trace.detach(), {name: term.detach() for name, term in terms.items()}
 
     def call_as_graph(self, graphs: GraphCache, batch: TokenBatch) -> ObjectiveOutput:
         """Return what a call returns, by a graph that is recorded in `graphs`.
@@ -250,10 +247,10 @@ class TrainingStep:
             output, gradients = replace(self, space=space).loss_and_gradients(recorded)
             trace = output.trace
             tensors = trace.candidates, trace.energies, trace.gradient_norms, trace.accepted
-            return output.loss, output.step_losses, output.contrastive_loss, tensors, gradients
+            return output.loss, output.step_losses, output.auxiliary, tensors, gradients
 
         arguments = batch.inputs, batch.targets, batch.rng.first_word, batch.rng.second_word, batch.start
-        loss, step_losses, contrastive, tensors, gradients = graphs(
+        loss, step_losses, terms, tensors, gradients = graphs(
             compute, [self.model, self.descent], *arguments, static_key=self._static_key()
         )
         candidates, energies, gradient_norms, accepted = tensors
@@ -262,7 +259,7 @@ class TrainingStep:
         loss = LossWithGradients.apply(loss, gradients, *trainable_parameters(self.model, self.descent))
         trace = Trace(candidates, energies, gradient_norms, list(self.schedule), accepted)
         first_scored_step = len(self.schedule) - len(step_losses) + 1
-        return ObjectiveOutput(loss, step_losses, trace, contrastive, first_scored_step)
+        return ObjectiveOutput(loss, step_losses, trace, terms, first_scored_step)
 
     def _static_key(self) -> tuple:
         "Return all settings that the recorded operations depend on."
