@@ -120,6 +120,9 @@ class TransformerConfig(LanguageModelConfig):
 
     kind: Literal["transformer"] = Field("transformer", description="feed-forward baseline (Transformer++)")
     tied: bool = Field(False, description="share the token table with the output head")
+    loops: int = Field(
+        1, ge=1, description="times that the blocks are run, each time on their own output (a looped transformer)"
+    )
 
 # %% ../../nbs/config/02_models.ipynb #65a93ac3
 class ImageModelConfig(ModelConfig):

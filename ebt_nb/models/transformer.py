@@ -21,7 +21,8 @@ class Transformer(nn.Module):
     """Decoder-only transformer ("Transformer++": RMSNorm, rotary positions, SwiGLU, no biases).
 
     `ffn_multiplier` sets the feed-forward width as a multiple of `width`; `tied` shares the token table with the output
-    head. While `activation_checkpointing` is set, training keeps only the inputs of blocks.
+    head; the blocks are run `loops` times, each time on their own output (a looped transformer, Dehghani et al. 2019).
+    While `activation_checkpointing` is set, training keeps only the inputs of blocks.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class Transformer(nn.Module):
         norm_eps: float = 1e-5,
         rope_base: float = 10000.0,
         tied: bool = False,
+        loops: int = 1,
     ):
         super().__init__()
         self.rope_base, self.head_width, self.activation_checkpointing = rope_base, width // heads, False
+        self.loops = loops
         self.embedding = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList(Block(width, heads, int(width * ffn_multiplier), norm_eps) for _ in range(layers))
         self.final_norm = RMSNorm(width, norm_eps)
@@ -45,6 +48,11 @@ class Transformer(nn.Module):
             self.output_head.weight = self.embedding.weight
         initialise_transformer(self)
         add_common_vector(self.embedding)
+
+    @property
+    def block_passes(self) -> list[Block]:
+        "The blocks in the order in which they are run, each `loops` times."
+        return [*self.blocks] * self.loops
 
     def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         "Return logits of the token after each position."
@@ -59,7 +67,7 @@ class Transformer(nn.Module):
         x, layers = self.embedding(tokens), []
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         angles = rotary_angles(positions, self.head_width, self.rope_base, x.dtype)
-        for block in self.blocks:
+        for block in self.block_passes:
             x, key_value = call_with_recompute(
                 block.forward_observed, x, angles, recompute=self.activation_checkpointing
             )
@@ -87,7 +95,7 @@ class Transformer(nn.Module):
         mask_and_angles = candidate_mask_and_angles(
             cache, num_samples=0, rope_base=self.rope_base, dtype=x.dtype, with_newest=True
         )
-        x, _ = run_blocks(self.blocks, x, cache, mask_and_angles, newest_slots=cache.newest_slots)
+        x, _ = run_blocks(self.block_passes, x, cache, mask_and_angles, newest_slots=cache.newest_slots)
         cache.last_hidden_state = self.final_norm(x[:, 0])
 
     def next_logits(self, cache: KeyValueCache) -> Float[Tensor, "batch vocab"]:
@@ -99,10 +107,11 @@ class Transformer(nn.Module):
 def initialise_transformer(model: nn.Module, table_std: float = 1.0, head_std: float = 0.3) -> None:
     """Initialise a model made of `blocks` with normal weights that respect its depth (after Radford et al. 2019).
 
-    Matrices have std width^-1/2, those that end a residual branch divided by sqrt(2 layers). Embeddings have std
+    Matrices have std width^-1/2, those that end a residual branch divided by sqrt(2 layers), where a
+    layer that is run several times counts as often. Embeddings have std
     `table_std` per entry. An `output_head` starts such that logits have std `head_std`.
     """
-    layers = len(model.blocks)
+    layers = len(model.blocks) * getattr(model, "loops", 1)
     for block in model.blocks:
         for matrix in (block.attention.qkv, block.ffn.gate_up):
             nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)

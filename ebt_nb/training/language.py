@@ -46,7 +46,7 @@ def build_language_network(config: RunConfig) -> EnergyTransformer | Transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         if m.kind == "transformer":
-            return Transformer(**shape)
+            return Transformer(**shape, loops=m.loops)
         options = dict(conditioning=m.conditioning, landscapes=config.thinking.steps, energy=m.energy)
         if config.thinking.rule == "embedding":
             return EnergyTransformer.for_embeddings(**shape, guess=config.thinking.guess, **options)
