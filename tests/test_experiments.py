@@ -48,6 +48,15 @@ THINK = {
     "ablation_rows": 2,
     "only_variants": ["System 2", "System 1"],
 }
+RECIPES = {
+    "rounds": [
+        {"updates": 2, "keep": 2, "seeds": [1], "learning_rates": [1.0, 2.0]},
+        {"updates": 3, "keep": 1, "seeds": [1]},
+    ],
+    "only_recipes": ["vocabulary", "reconstruction, loss predicted"],
+    "rows": 2,
+    "samples": 2,
+}
 BENCHMARK = {
     "threads": 1,
     "repeats": 1,
@@ -77,6 +86,7 @@ EXPERIMENTS = {
         2,
     ),
     "think": ("text/thinking", TEXT | THINK, r"relative to a random choice", 4),
+    "recipes": ("text/quickstart", TEXT | RECIPES, r"The best recipe is", 1),
     "denoise": (
         "image/quickstart",
         IMAGES | {"seeds": 1, "limit": 4, "diffusion.steps": 300},

@@ -135,6 +135,11 @@ class EnergyLanguageConfig(LanguageConfig):
             raise ValueError(
                 "objective.start_weight: a start is a prediction only with thinking.rule=embedding; leave it out"
             )
+        if self.model.energy == "reconstruction" and self.thinking.guess == "none":
+            raise ValueError(
+                "model.energy: a reconstruction energy reads what the observed stream expects; "
+                "set thinking.rule=embedding and thinking.start=hidden (or newest)"
+            )
         if self.thinking.rule == "raw" and self.objective.contrastive:
             raise ValueError(
                 "objective.contrastive: compares one-hot targets with distributions, and thinking.rule=raw has none; "

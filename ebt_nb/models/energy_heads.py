@@ -31,6 +31,10 @@ class LinearEnergy(nn.Linear):
         "Multiply all energies by a factor, in place."
         self.weight.mul_(factor)
 
+    def offset(self, guess: Float[Tensor, "batch cand width"] | None) -> Float[Tensor, "batch cand"] | float:
+        "Return the part of the energy that is the same for all candidates of a position; here there is none."
+        return 0.0
+
     def energies_and_gradient_fn(
         self, candidate: Float[Tensor, "*batch width"], state: Float[Tensor, "*batch width"]
     ) -> tuple[Float[Tensor, "*batch"], Callable[[], tuple[Tensor | None, Tensor]]]:
@@ -41,9 +45,9 @@ class LinearEnergy(nn.Linear):
         energies = (state * self.weight).sum(-1)  # not a matrix product: autocast would round it
         return energies, lambda: (None, self.weight.expand_as(state))
 
-# %% ../../nbs/models/05_energy_heads.ipynb #e3da8b6c
+# %% ../../nbs/models/05_energy_heads.ipynb #d770e752
 class ReconstructionEnergy(LinearEnergy):
-    "The squared distance of a candidate from its reconstruction M u, plus a linear term: E = s/2 |z - M u|^2 + w u."
+    "Squared distance of a candidate from its reconstruction M u, plus a term of the guess: E = s/2 |z - M u|^2 + w h."
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -52,7 +56,7 @@ class ReconstructionEnergy(LinearEnergy):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        "Set random weights that give reconstructions of size one for states of size one, and no linear term."
+        "Set random weights that give reconstructions of size one for states of size one, and no term of the guess."
         nn.init.normal_(self.reconstruction.weight, std=self.in_features**-0.5)
         nn.init.zeros_(self.weight)
         self.scale.fill_(1.0)
@@ -63,16 +67,21 @@ class ReconstructionEnergy(LinearEnergy):
         super().rescale(factor)
         self.scale.mul_(factor)
 
+    def offset(self, guess: Float[Tensor, "batch cand width"] | None) -> Float[Tensor, "batch cand"]:
+        "Return the term of the guess. Raises ValueError where there are no guesses."
+        if guess is None:
+            raise ValueError("a reconstruction energy reads the guesses of the observed stream; build it with `guess`")
+        return (guess * self.weight).sum(-1)
+
     def energies_and_gradient_fn(
         self, candidate: Float[Tensor, "*batch width"], state: Float[Tensor, "*batch width"]
     ) -> tuple[Float[Tensor, "*batch"], Callable[[], tuple[Tensor | None, Tensor]]]:
-        "Return energies, and a function that computes their gradients with respect to candidates and states."
-        matrix, linear_energies = self.reconstruction.weight, (state * self.weight).sum(-1)
+        "Return energies without the offset, and a function that computes their gradients."
+        matrix = self.reconstruction.weight
         residual = candidate - linear(state, matrix)
-        energies = self.scale / 2 * residual.square().sum(-1) + linear_energies
 
         def compute_gradients():
             grad_candidate = self.scale * residual
-            return grad_candidate, self.weight - linear_pullback(grad_candidate, matrix)
+            return grad_candidate, -linear_pullback(grad_candidate, matrix)
 
-        return energies, compute_gradients
+        return self.scale / 2 * residual.square().sum(-1), compute_gradients
