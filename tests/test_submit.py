@@ -111,7 +111,7 @@ def test_dry_run_shows_the_script_and_creates_nothing(folder, monkeypatch, capsy
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", str(folder))
     options = ["--cluster", "reference_h100", "--array", "COLOUR=red,blue", "--after", "12"]
-    options += ["--sbatch", "account=physics", "--dry-run"]
+    options += ["--sbatch", "account=physics", "--sbatch=-q high", "--dry-run"]
     code = main(["submit", "job.sh", *options, "--", "--fast"])
     out, err = capsys.readouterr()
     assert code == 0 and sorted(folder.rglob("*")) == before and "nothing was created or sent" in err
@@ -121,6 +121,7 @@ def test_dry_run_shows_the_script_and_creates_nothing(folder, monkeypatch, capsy
         "#SBATCH --mem-per-cpu=1G",
         "#SBATCH --gpus-per-node=h100:1",
         "#SBATCH --account=physics",
+        "#SBATCH --qos=high",
         "#SBATCH --array=0-1",
         "#SBATCH --dependency=afterok:12",
         "#SBATCH --kill-on-invalid-dep=yes",

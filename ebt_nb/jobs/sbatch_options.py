@@ -75,9 +75,12 @@ def parse_sbatch_options(options_text: str, origin: str) -> dict[str, str | None
         if long_option:
             name, value = long_option[1], long_option[2]
         elif short_option and short_option[1] in SHORT_OPTIONS:
-            name, value = SHORT_OPTIONS[short_option[1]], short_option[2] or None
+            name, value = SHORT_OPTIONS[short_option[1]], short_option[2].strip() or None
         else:
-            raise SubmitError(f"{origin}: {word!r} is not an option of sbatch; write --time=01:00:00 or -t 01:00:00")
+            raise SubmitError(
+                f"{origin}: {word!r} is not an option of sbatch; write --time=01:00:00 or -t 01:00:00, "
+                "and on the command line --sbatch time=01:00:00"
+            )
         if value is None and words and not words[0].startswith("-"):
             value = words.pop(0)
         options[name] = value

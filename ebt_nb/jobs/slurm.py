@@ -119,7 +119,7 @@ def prepare_submission(
     if cluster != "none":
         header_options, header_commands = read_script(find_header(cluster))
     tasks = parse_array(array)
-    typed_options = parse_sbatch_options(shlex.join(f"--{option.lstrip('-')}" for option in sbatch), "--sbatch")
+    typed_options = _parse_typed_options(sbatch)
     if after and cluster == "none":
         raise SubmitError("--after: a job that runs here does not wait for others; name a cluster")
     if max_parallel and not tasks:
@@ -143,6 +143,15 @@ def prepare_submission(
     return Submission(cluster, draft.folder, options, text, tasks, files, notes, draft.configs)
 
 # %% ../../nbs/jobs/08_slurm.ipynb #9e8eb03a
+def _parse_typed_options(sbatch: Sequence[str]) -> dict[str, str | None]:
+    """Return options that were typed with or without dashes: time=01:00:00, --time=01:00:00 or '-t 01:00:00'.
+
+    Raises SubmitError for a word that is not an option.
+    """
+    words = [option if option.startswith("-") else f"--{option}" for option in sbatch]
+    return parse_sbatch_options(shlex.join(words), "--sbatch")
+
+
 def _working_folder_and_log_options(folder: Path, tasks: list[dict[str, str]]) -> dict[str, str | None]:
     "Return working folder and output file of a job: it runs in the current folder and writes into the job `folder`."
     log = folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")
