@@ -176,13 +176,17 @@ IGNORE_WARNING_COMMAND = (
 
 
 def parse_time_limit(time: str | None) -> int | None:
-    """Return the seconds of a time limit as sbatch reads it; None if there is none (no time, 0 or UNLIMITED).
+    """Return the seconds of a time limit as sbatch reads it; None if there is none (no time, 0, UNLIMITED, INFINITE).
 
-    The formats are minutes, m:s, h:m:s, d-h, d-h:m and d-h:m:s.
+    The formats are minutes, m:s, h:m:s, d-h, d-h:m and d-h:m:s. Raises SubmitError for any other text.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time or "")
-    if not match:
+    if time is None or time.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not match:
+        raise SubmitError(
+            f"--time={time}: is not a time limit; write minutes, hours:minutes:seconds, days-hours or UNLIMITED"
+        )
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
     starts_with_hours = days is not None or len(numbers) == 3
@@ -193,11 +197,12 @@ def parse_time_limit(time: str | None) -> int | None:
 def missing_warning_options(options: dict[str, str | None]) -> dict[str, str | None]:
     """Return the options that make Slurm warn a job before its time limit and allow it to be queued again.
 
-    Empty if `options` set a signal already; without `requeue` if they forbid it.
+    Empty if `options` set a signal already; without `requeue` if they forbid it. Raises SubmitError for a time limit
+    that sbatch cannot read.
     """
+    limit = parse_time_limit(options.get("time"))
     if "signal" in options:
         return {}
-    limit = parse_time_limit(options.get("time"))
     lead = 120 if limit is None else min(600, max(60, limit // 30), limit // 2)  # seconds before the limit
     warning = {"signal": f"B:USR1@{lead}"}
     if "no-requeue" not in options:

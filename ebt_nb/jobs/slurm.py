@@ -171,7 +171,8 @@ def _trap_time_warning(
     """Return options that have Slurm send a signal before the time limit, and commands with a trap for it.
 
     The trap keeps the batch shell alive, so that training has time to save a checkpoint. Nothing is added if the job
-    has such an option already. Appends a sentence about what was added to `notes`.
+    has such an option already. Appends a sentence about what was added to `notes`. Raises SubmitError for a time limit
+    that sbatch cannot read.
     """
     warning = missing_warning_options(options)
     if not warning:
