@@ -90,6 +90,10 @@ def submit(folder, *words):
         (["job.sh", "--cluster", "none", "-p", "model.sise=xs"], ["model.sise", "did you mean 'model.size'"]),
         (["job.sh", "--cluster", "local_cpu", "--after", "yesterday"], ["--after yesterday", "slurm.json"]),
         (["job.sh", "--cluster", "local_cpu", "--sbatch", "time=tomorrow"], ["--time=tomorrow: is not a time limit"]),
+        (
+            ["job.sh", "--cluster", "local_cpu", "--sbatch", "mem=8G", "--sbatch", "mem-per-gpu=8G"],
+            ["--mem=8G and --mem-per-gpu=8G: sbatch accepts only one"],
+        ),
         (["job.sh", "--cluster", "local_cpu"], ["sbatch: not found", "--cluster none"]),
         (["job.sh", "--cluster", "none", "--runs-dir", "job.sh/runs"], ["job.sh/runs", "--runs-dir"]),
     ],

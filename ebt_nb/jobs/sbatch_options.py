@@ -157,16 +157,30 @@ def option_group(name: str, value: str | None) -> str:
 
 
 def merge_options(*layers: dict[str, str | None]) -> dict[str, str | None]:
-    """Merge options, of which later ones win: each replaces all earlier ones of its `option_group`.
+    """Merge options, of which later layers win: each option replaces those of its `option_group` in earlier layers.
 
     (`--time` is a group of its own; `--gpus` replaces `--gres=gpu:1`, because both ask for GPUs.)
+    Within a layer the later one of --requeue and --no-requeue wins, and other options of one group stay together.
+    Raises SubmitError for a layer that sets memory in two ways, which sbatch refuses.
     """
     merged = {}
-    for layer in layers:
+    for layer in map(_resolve_conflicts, layers):
         groups = {option_group(name, value) for name, value in layer.items()}
         merged = {name: value for name, value in merged.items() if option_group(name, value) not in groups}
         merged |= layer
     return merged
+
+
+def _resolve_conflicts(layer: dict[str, str | None]) -> dict[str, str | None]:
+    "Return a layer with the later one of --requeue and --no-requeue. Raises SubmitError for two amounts of memory."
+    names: dict[str, list[str]] = {}
+    for name, value in layer.items():
+        names.setdefault(option_group(name, value), []).append(name)
+    memory = [f"--{name}={layer[name]}" for name in names.get("mem", [])]
+    if len(memory) > 1:
+        raise SubmitError(f"{' and '.join(memory)}: sbatch accepts only one of them")
+    overruled = names.get("requeue", [])[:-1]
+    return {name: value for name, value in layer.items() if name not in overruled}
 
 # %% ../../nbs/jobs/05_sbatch_options.ipynb #2e68a923
 IGNORE_WARNING_COMMAND = (
