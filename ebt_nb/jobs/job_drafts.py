@@ -20,7 +20,7 @@ from ..config.errors import suggest
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import parse_value
 from .notebook_parameters import NotebookJob, plan_job
-from .sbatch_options import SubmitError, gpu_options, option_group, read_script
+from .sbatch_options import SubmitError, gpu_options, option_group, read_script, remove_comments
 from ..runs.files import unique_folder_name
 from ..runs.status import format_status
 
@@ -165,7 +165,7 @@ def find_environment_variables(body: str) -> list[str]:
 
     Comments do not count, nor do variables of bash, Slurm and the job scripts (BASH..., SLURM..., EBT_SCRIPT...).
     """
-    code = "\n".join(line for line in body.split("\n") if not line.lstrip().startswith("#"))
+    code = remove_comments(body)
     used = dict.fromkeys(re.findall(r"\$\{?([A-Za-z_]\w*)", code))
     assigned = set(re.findall(r"(?:^|[\s;(])([A-Za-z_]\w*)\+?=", code))
     assigned |= set(re.findall(r"\bfor\s+(\w+)\s+in\b", code))
@@ -224,7 +224,7 @@ def _check_settings_reach_script(
     script: str, body: str, settings: Sequence[str], arguments: Sequence[str], array_names: list[str]
 ) -> None:
     "Raise SubmitError for a setting that is unknown, given twice, or cannot reach the commands of a script."
-    passes_arguments_on = re.search(r"\$\{?[@*]", body) is not None
+    passes_arguments_on = re.search(r"\$\{?[@*]", remove_comments(body)) is not None
     variables = find_environment_variables(body)
     for item in settings:
         if "=" not in item:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT_OPTIONS', 'GPU_OPTIONS', 'IGNORE_WARNING_COMMAND', 'SubmitError', 'parse_sbatch_options', 'read_script',
-           'headers_folder_path', 'find_header', 'option_group', 'split_gpu_resources', 'merge_options', 'gpu_options',
-           'parse_time_limit', 'missing_warning_options', 'is_warning_ignored']
+           'remove_comments', 'headers_folder_path', 'find_header', 'option_group', 'split_gpu_resources',
+           'merge_options', 'gpu_options', 'parse_time_limit', 'missing_warning_options', 'is_warning_ignored']
 
 # %% ../../nbs/jobs/05_sbatch_options.ipynb #d874ead0
 import re
@@ -121,6 +121,15 @@ def _read_script(path: Path) -> str:
             f"{path}: has the line ends of Windows, which sbatch refuses; correct them with `sed -i 's/\\r$//' {path}`"
         )
     return text
+
+# %% ../../nbs/jobs/05_sbatch_options.ipynb #9a64c8e2
+def remove_comments(script: str) -> str:
+    """Return a bash script without its comments, each from a # at the beginning of a word to the end of its line.
+
+    A # within quotes begins none. The text of a here-document is treated as commands.
+    """
+    quoted_or_comment = r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<![^\s;&|()])#[^\n]*"""
+    return re.sub(quoted_or_comment, lambda match: match[1] or "", script, flags=re.DOTALL)
 
 # %% ../../nbs/jobs/05_sbatch_options.ipynb #05409196
 def headers_folder_path() -> Path:
@@ -257,8 +266,9 @@ def is_warning_ignored(options: dict[str, str | None], body: str) -> bool:
     """Whether the signal before the time limit would reach only a script's shell, and training would not notice.
 
     So it is for `--signal=B:...` where no command that may train (ebt, python, srun, torchrun) is started with `exec`
-    and no `trap` handles USR1. The text is searched, not run.
+    and no `trap` handles USR1. The text is searched, not run; comments do not count.
     """
+    body = remove_comments(body)
     exec_prefixes = re.findall(r"^\s*(exec\s+)?(?:\S*/)?(?:ebt|srun|torchrun|python3?)\b", body, re.MULTILINE)
     warns_shell = (options.get("signal") or "").startswith("B:")
     handles_signal = re.search(r"\btrap\b.*\bUSR1\b", body) is not None
