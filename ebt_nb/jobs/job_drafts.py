@@ -30,7 +30,7 @@ class JobDraft:
     """The part of a job that comes from its script or notebook.
 
     Attributes:
-        folder: the folder the job will work in.
+        folder: the job folder, for its script, status and logs; its commands run in the current folder.
         options: its sbatch options, long name -> value.
         body: its commands, as bash.
         task_setups: a line of bash for each task of an array; empty without an array.
