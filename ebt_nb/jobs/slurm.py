@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dependency_options', 'read_job_id', 'Submission', 'prepare_submission', 'compose_script', 'find_script_or_notebook',
-           'distinct_data_configs', 'describe_data_to_prepare', 'ScriptFailed', 'submit', 'send_to_slurm',
+           'distinct_data_configs', 'describe_data_to_prepare', 'ScriptFailed', 'submit', 'send_and_record',
            'run_locally', 'wait_and_forward_sigterm']
 
 # %% ../../nbs/jobs/08_slurm.ipynb #dac10bbe
@@ -285,14 +285,13 @@ def submit(submission: Submission, prepare_data: bool = False) -> str | None:
     if submission.cluster == "none":
         run_locally(submission)
         return None
-    return send_to_slurm(submission)
+    return send_and_record(submission)
 
 
-def send_to_slurm(submission: Submission) -> str:
-    """Send a saved script with sbatch and return the job's number.
+def send_and_record(submission: Submission) -> str:
+    """Send a saved script with sbatch, record the job's number in slurm.json and return it.
 
-    Writes slurm.json, which `--after FOLDER` reads. If Slurm refuses the job, it is marked as failed and SubmitError
-    is raised.
+    `--after FOLDER` reads slurm.json. Raises SubmitError if Slurm refuses the job, whose status.json then says failed.
     """
     command = ["sbatch", "--parsable", str(submission.script)]
     answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
