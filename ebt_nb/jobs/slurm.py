@@ -296,7 +296,7 @@ def send_and_record(submission: Submission) -> str:
     command = ["sbatch", "--parsable", str(submission.script)]
     answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     number = answer.stdout.strip().partition(";")[0]
-    if answer.returncode or not number:
+    if not number:  # with --wait the exit code is that of the job
         message = answer.stderr.strip()
         for name in submission.files:
             if name.endswith("status.json"):
