@@ -314,37 +314,48 @@ def send_and_record(submission: Submission) -> str:
 
 # %% ../../nbs/jobs/08_slurm.ipynb #4dc9fccc
 def run_locally(submission: Submission) -> None:
-    """Run a saved script with bash, once for each task.
+    """Run a saved script with bash, once for each task; after a SIGTERM no further task is started.
 
-    Raises ScriptFailed, after all tasks, when one failed; KeyboardInterrupt when interrupted.
+    Raises ScriptFailed at the end when a task failed or was not started; KeyboardInterrupt when interrupted.
     """
-    failures = []
-    for index in range(len(submission.tasks)) if submission.tasks else [None]:
+    failures, num_tasks = [], len(submission.tasks)
+    for index in range(num_tasks) or [None]:
         environment = dict(os.environ)
         if index is not None:
             environment["SLURM_ARRAY_TASK_ID"] = str(index)
         process = subprocess.Popen(["bash", str(submission.script)], env=environment, cwd=submission.options["chdir"])
         try:
-            code = wait_and_forward_sigterm(process)
+            code, is_terminated = wait_and_forward_sigterm(process)
         except KeyboardInterrupt:
             process.wait()  # Ctrl-C has reached it too, and it may be saving a checkpoint
             raise
         if code:
             task = "" if index is None else f"task {index} "
             failures.append(f"{task}ended with exit code {code}")
+        if is_terminated:
+            num_waiting = num_tasks - 1 - (index or 0)
+            if num_waiting > 0:
+                failures.append(f"after SIGTERM {num_waiting} of {num_tasks} tasks did not start")
+            break
     if failures:
         raise ScriptFailed(f"{submission.script}: {'; '.join(failures)}; its output is above")
 
 
-def wait_and_forward_sigterm(process: subprocess.Popen) -> int:
-    """Wait for a process and return its exit code; a SIGTERM that this process gets is passed on to it.
+def wait_and_forward_sigterm(process: subprocess.Popen) -> tuple[int, bool]:
+    """Wait for a process and pass on to it a SIGTERM that this one gets; return its exit code, and whether one came.
 
     Outside the main thread it only waits, because only the main thread can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
-        return process.wait()
-    previous_handler = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        return process.wait(), False
+    received = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    previous_handler = signal.signal(signal.SIGTERM, forward)
     try:
-        return process.wait()
+        return process.wait(), bool(received)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
