@@ -27,7 +27,7 @@ from ebt_nb.data.question_tables import HUB_SETS
 from ebt_nb.data.sources import ASSETS, BENCHMARK_CANARY, DataError
 from ebt_nb.data.text_loaders import TextDataModule
 from ebt_nb.data.tokenizers import load_tokenizer
-from ebt_nb.jobs.notebook_jobs import check_data
+from ebt_nb.jobs.notebook_jobs import prepare_unless_embedded
 from ebt_nb.training.fit import fit
 
 SUMS = [{"question": f"{a} + {b}", "answer": str(a + b)} for a in range(20) for b in range(5)]
@@ -366,5 +366,5 @@ def test_benchmarks_are_not_trained_on(tmp_path):
             fit(config, progress="none")
         if config.data.kind == "questions":
             with pytest.raises(DataError, match="for evaluation only"):
-                check_data(config)
+                prepare_unless_embedded(config)
     assert not (tmp_path / "runs").exists()

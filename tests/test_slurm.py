@@ -25,6 +25,7 @@ from test_processes import small_config as two_process_config
 
 from ebt_nb.cli.main import main
 from ebt_nb.config.overrides import override_config
+from ebt_nb.jobs.sbatch_options import SHORT_OPTIONS
 from ebt_nb.runs.addresses import find_runs
 from ebt_nb.runs.folders import Run
 from ebt_nb.runs.status import read_status
@@ -215,6 +216,13 @@ def test_array_of_a_notebook(cluster, workspace):
         assert greetings in read_output(jobs[str(index)])
         cells = nbformat.read(task / "report.ipynb", 4).cells
         assert any(greetings in str(cell.get("outputs")) for cell in cells)
+
+
+@run_concurrently
+def test_short_options(cluster, workspace):
+    "Every short option that the installed sbatch lists is known."
+    listed = dict(re.findall(r"^\s+-(\w), --([\w-]+)", cluster.run("sbatch", "--help"), re.MULTILINE))
+    assert len(listed) > 20 and listed.items() <= SHORT_OPTIONS.items()
 
 
 @run_concurrently

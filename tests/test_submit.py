@@ -89,6 +89,11 @@ def submit(folder, *words):
         (["job.sh", "--cluster", "none", "--array", "run.seed"], ["--array run.seed", "name=value"]),
         (["job.sh", "--cluster", "none", "-p", "model.sise=xs"], ["model.sise", "did you mean 'model.size'"]),
         (["job.sh", "--cluster", "local_cpu", "--after", "yesterday"], ["--after yesterday", "slurm.json"]),
+        (["job.sh", "--cluster", "local_cpu", "--sbatch", "time=tomorrow"], ["--time=tomorrow: is not a time limit"]),
+        (
+            ["job.sh", "--cluster", "local_cpu", "--sbatch", "mem=8G", "--sbatch", "mem-per-gpu=8G"],
+            ["--mem=8G and --mem-per-gpu=8G: sbatch accepts only one"],
+        ),
         (["job.sh", "--cluster", "local_cpu"], ["sbatch: not found", "--cluster none"]),
         (["job.sh", "--cluster", "none", "--runs-dir", "job.sh/runs"], ["job.sh/runs", "--runs-dir"]),
     ],
@@ -111,7 +116,7 @@ def test_dry_run_shows_the_script_and_creates_nothing(folder, monkeypatch, capsy
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", str(folder))
     options = ["--cluster", "reference_h100", "--array", "COLOUR=red,blue", "--after", "12"]
-    options += ["--sbatch", "account=physics", "--dry-run"]
+    options += ["--sbatch", "account=physics", "--sbatch=-q high", "--dry-run"]
     code = main(["submit", "job.sh", *options, "--", "--fast"])
     out, err = capsys.readouterr()
     assert code == 0 and sorted(folder.rglob("*")) == before and "nothing was created or sent" in err
@@ -121,6 +126,7 @@ def test_dry_run_shows_the_script_and_creates_nothing(folder, monkeypatch, capsy
         "#SBATCH --mem-per-cpu=1G",
         "#SBATCH --gpus-per-node=h100:1",
         "#SBATCH --account=physics",
+        "#SBATCH --qos=high",
         "#SBATCH --array=0-1",
         "#SBATCH --dependency=afterok:12",
         "#SBATCH --kill-on-invalid-dep=yes",
@@ -166,9 +172,10 @@ def has_handler(process, number):
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-def test_sigterm_reaches_a_script_on_this_machine(folder):
+def stop_with_sigterm(folder, *words):
+    "Run `ebt submit` here, send it SIGTERM when its script has begun; return exit code, further output and errors."
     process = subprocess.Popen(
-        [EBT, "submit", "job.sh", "--cluster", "none"],
+        [EBT, "submit", "job.sh", "--cluster", "none", *words],
         cwd=folder,
         env=os.environ | {"SECONDS_TO_SLEEP": "3600"},
         stdout=subprocess.PIPE,
@@ -181,5 +188,23 @@ def test_sigterm_reaches_a_script_on_this_machine(folder):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
-    assert process.returncode == 1 and "ended with exit code -15" in err
+    out, err = process.communicate(timeout=LONG)
+    return process.returncode, out, err
+
+
+def test_sigterm_reaches_a_script_on_this_machine(folder):
+    code, out, err = stop_with_sigterm(folder)
+    assert (code, out) == (1, "") and "job.slurm: ended with exit code -15; its output is above" in err
+
+
+@pytest.mark.parametrize("handles_signal", [False, True])
+def test_sigterm_ends_an_array_on_this_machine(handles_signal, folder):
+    "The task that runs gets the signal, and no other is started, even if that task ends well."
+    if handles_signal:
+        loop = 'while [ "${SECONDS_TO_SLEEP:-0}" -gt 0 ]; do sleep 0.1; done'
+        lines = JOB_SCRIPT.replace("touch began", "trap 'exit 0' TERM").splitlines()
+        (folder / "job.sh").write_text("\n".join([*lines[:-1], loop, ""]))
+    code, out, err = stop_with_sigterm(folder, "--array", "SECONDS_TO_SLEEP=3600,0")
+    assert (code, out) == (1, "")  # the next task would write a line
+    assert "after SIGTERM 1 of 2 tasks did not start" in err
+    assert ("task 0 ended with exit code -15" in err) != handles_signal

@@ -20,7 +20,7 @@ from ..config.errors import suggest
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import parse_value
 from .notebook_parameters import NotebookJob, plan_job
-from .sbatch_options import SubmitError, read_script
+from .sbatch_options import SubmitError, gpu_options, option_group, read_script, remove_comments
 from ..runs.files import unique_folder_name
 from ..runs.status import format_status
 
@@ -30,7 +30,7 @@ class JobDraft:
     """The part of a job that comes from its script or notebook.
 
     Attributes:
-        folder: the folder the job will work in.
+        folder: the job folder, for its script, status and logs; its commands run in the current folder.
         options: its sbatch options, long name -> value.
         body: its commands, as bash.
         task_setups: a line of bash for each task of an array; empty without an array.
@@ -120,7 +120,7 @@ def draft_notebook_job(
 def _options_from_configs(configs: list[RunConfig], header: dict[str, str | None]) -> dict[str, str | None]:
     """Return job name, nodes, processes per node, and GPUs per node where the header asks for GPUs.
 
-    Raises SubmitError if the tasks of an array differ in nodes or devices.
+    Raises SubmitError if the tasks of an array differ in nodes or devices, or the header's GPUs in type.
     """
     if not configs:
         return {}
@@ -130,19 +130,16 @@ def _options_from_configs(configs: list[RunConfig], header: dict[str, str | None
             "submit an array for each"
         )
     config = configs[0]
-    options = {
+    return {
         "job-name": f"{config.run.name}-{config.model.size}".replace("/", "-"),
         "nodes": str(config.trainer.nodes),
         "ntasks-per-node": str(config.trainer.devices),
-    }
-    gpus = header.get("gpus-per-node")  # such as a100:1
-    if gpus:
-        options["gpus-per-node"] = re.sub(r"\d+$", str(config.trainer.devices), gpus)
-    return options
+    } | gpu_options(header, config.trainer.devices)
 
 
 def _cpu_on_gpu_cluster_notes(configs: list[RunConfig], header: dict[str, str | None]) -> list[str]:
-    if configs and header.get("gpus-per-node") and configs[0].trainer.accelerator == "cpu":
+    has_gpus = any(option_group(name, value) == "gpus" for name, value in header.items())
+    if configs and has_gpus and configs[0].trainer.accelerator == "cpu":
         return [
             "trainer.accelerator is cpu, which leaves the GPUs of this cluster idle; "
             "-p trainer.accelerator=auto uses them"
@@ -168,7 +165,7 @@ def find_environment_variables(body: str) -> list[str]:
 
     Comments do not count, nor do variables of bash, Slurm and the job scripts (BASH..., SLURM..., EBT_SCRIPT...).
     """
-    code = "\n".join(line for line in body.split("\n") if not line.lstrip().startswith("#"))
+    code = remove_comments(body)
     used = dict.fromkeys(re.findall(r"\$\{?([A-Za-z_]\w*)", code))
     assigned = set(re.findall(r"(?:^|[\s;(])([A-Za-z_]\w*)\+?=", code))
     assigned |= set(re.findall(r"\bfor\s+(\w+)\s+in\b", code))
@@ -227,7 +224,7 @@ def _check_settings_reach_script(
     script: str, body: str, settings: Sequence[str], arguments: Sequence[str], array_names: list[str]
 ) -> None:
     "Raise SubmitError for a setting that is unknown, given twice, or cannot reach the commands of a script."
-    passes_arguments_on = re.search(r"\$\{?[@*]", body) is not None
+    passes_arguments_on = re.search(r"\$\{?[@*]", remove_comments(body)) is not None
     variables = find_environment_variables(body)
     for item in settings:
         if "=" not in item:

@@ -60,7 +60,8 @@ def build_launcher_command(config: RunConfig) -> list[str]:
         if nodes > allocated_nodes:
             raise ConfigError(
                 f"trainer.nodes: {nodes} are requested, and this Slurm job has {allocated_nodes}; "
-                f"submit it with --nodes={nodes}, or set trainer.nodes={allocated_nodes}"
+                f"submit it with `sbatch --nodes={nodes}` or `ebt submit --sbatch nodes={nodes}`, "
+                f"or set trainer.nodes={allocated_nodes}"
             )
         command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * devices}", f"--ntasks-per-node={devices}"]
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not use it by itself

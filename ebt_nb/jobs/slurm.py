@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dependency_options', 'read_job_id', 'Submission', 'prepare_submission', 'compose_script', 'find_script_or_notebook',
-           'distinct_data_configs', 'describe_data_to_prepare', 'ScriptFailed', 'submit', 'send_to_slurm',
+           'distinct_data_configs', 'describe_data_to_prepare', 'ScriptFailed', 'submit', 'send_and_record',
            'run_locally', 'wait_and_forward_sigterm']
 
 # %% ../../nbs/jobs/08_slurm.ipynb #dac10bbe
@@ -119,7 +119,7 @@ def prepare_submission(
     if cluster != "none":
         header_options, header_commands = read_script(find_header(cluster))
     tasks = parse_array(array)
-    typed_options = parse_sbatch_options(shlex.join(f"--{option.lstrip('-')}" for option in sbatch), "--sbatch")
+    typed_options = _parse_typed_options(sbatch)
     if after and cluster == "none":
         raise SubmitError("--after: a job that runs here does not wait for others; name a cluster")
     if max_parallel and not tasks:
@@ -143,6 +143,15 @@ def prepare_submission(
     return Submission(cluster, draft.folder, options, text, tasks, files, notes, draft.configs)
 
 # %% ../../nbs/jobs/08_slurm.ipynb #9e8eb03a
+def _parse_typed_options(sbatch: Sequence[str]) -> dict[str, str | None]:
+    """Return options that were typed with or without dashes: time=01:00:00, --time=01:00:00 or '-t 01:00:00'.
+
+    Raises SubmitError for a word that is not an option.
+    """
+    words = [option if option.startswith("-") else f"--{option}" for option in sbatch]
+    return parse_sbatch_options(shlex.join(words), "--sbatch")
+
+
 def _working_folder_and_log_options(folder: Path, tasks: list[dict[str, str]]) -> dict[str, str | None]:
     "Return working folder and output file of a job: it runs in the current folder and writes into the job `folder`."
     log = folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")
@@ -162,7 +171,8 @@ def _trap_time_warning(
     """Return options that have Slurm send a signal before the time limit, and commands with a trap for it.
 
     The trap keeps the batch shell alive, so that training has time to save a checkpoint. Nothing is added if the job
-    has such an option already. Appends a sentence about what was added to `notes`.
+    has such an option already. Appends a sentence about what was added to `notes`. Raises SubmitError for a time limit
+    that sbatch cannot read.
     """
     warning = missing_warning_options(options)
     if not warning:
@@ -275,19 +285,18 @@ def submit(submission: Submission, prepare_data: bool = False) -> str | None:
     if submission.cluster == "none":
         run_locally(submission)
         return None
-    return send_to_slurm(submission)
+    return send_and_record(submission)
 
 
-def send_to_slurm(submission: Submission) -> str:
-    """Send a saved script with sbatch and return the job's number.
+def send_and_record(submission: Submission) -> str:
+    """Send a saved script with sbatch, record the job's number in slurm.json and return it.
 
-    Writes slurm.json, which `--after FOLDER` reads. If Slurm refuses the job, it is marked as failed and SubmitError
-    is raised.
+    `--after FOLDER` reads slurm.json. Raises SubmitError if Slurm refuses the job, whose status.json then says failed.
     """
     command = ["sbatch", "--parsable", str(submission.script)]
     answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     number = answer.stdout.strip().partition(";")[0]
-    if answer.returncode or not number:
+    if not number:  # with --wait the exit code is that of the job
         message = answer.stderr.strip()
         for name in submission.files:
             if name.endswith("status.json"):
@@ -305,37 +314,48 @@ def send_to_slurm(submission: Submission) -> str:
 
 # %% ../../nbs/jobs/08_slurm.ipynb #4dc9fccc
 def run_locally(submission: Submission) -> None:
-    """Run a saved script with bash, once for each task.
+    """Run a saved script with bash, once for each task; after a SIGTERM no further task is started.
 
-    Raises ScriptFailed, after all tasks, when one failed; KeyboardInterrupt when interrupted.
+    Raises ScriptFailed at the end when a task failed or was not started; KeyboardInterrupt when interrupted.
     """
-    failures = []
-    for index in range(len(submission.tasks)) if submission.tasks else [None]:
+    failures, num_tasks = [], len(submission.tasks)
+    for index in range(num_tasks) or [None]:
         environment = dict(os.environ)
         if index is not None:
             environment["SLURM_ARRAY_TASK_ID"] = str(index)
         process = subprocess.Popen(["bash", str(submission.script)], env=environment, cwd=submission.options["chdir"])
         try:
-            code = wait_and_forward_sigterm(process)
+            code, is_terminated = wait_and_forward_sigterm(process)
         except KeyboardInterrupt:
             process.wait()  # Ctrl-C has reached it too, and it may be saving a checkpoint
             raise
         if code:
             task = "" if index is None else f"task {index} "
             failures.append(f"{task}ended with exit code {code}")
+        if is_terminated:
+            num_waiting = num_tasks - 1 - (index or 0)
+            if num_waiting > 0:
+                failures.append(f"after SIGTERM {num_waiting} of {num_tasks} tasks did not start")
+            break
     if failures:
         raise ScriptFailed(f"{submission.script}: {'; '.join(failures)}; its output is above")
 
 
-def wait_and_forward_sigterm(process: subprocess.Popen) -> int:
-    """Wait for a process and return its exit code; a SIGTERM that this process gets is passed on to it.
+def wait_and_forward_sigterm(process: subprocess.Popen) -> tuple[int, bool]:
+    """Wait for a process and pass on to it a SIGTERM that this one gets; return its exit code, and whether one came.
 
     Outside the main thread it only waits, because only the main thread can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
-        return process.wait()
-    previous_handler = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        return process.wait(), False
+    received = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    previous_handler = signal.signal(signal.SIGTERM, forward)
     try:
-        return process.wait()
+        return process.wait(), bool(received)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
