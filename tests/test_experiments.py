@@ -50,8 +50,8 @@ THINK = {
 }
 RECIPES = {
     "rounds": [
-        {"updates": 2, "keep": 2, "seeds": [1], "learning_rates": [1.0, 2.0]},
-        {"updates": 3, "keep": 1, "seeds": [1]},
+        {"updates": 2, "keep": 2, "seeds": [1], "learning_rates": [1.0]},
+        {"updates": 2, "keep": 1, "seeds": [1]},
     ],
     "only_recipes": ["vocabulary", "reconstruction, loss predicted"],
     "rows": 2,
