@@ -139,7 +139,7 @@ def check_finite(
     else:
         return
     indices = bad.nonzero()
-    axes = ["sample", "position", *(f"axis {i}" for i in range(2, bad.ndim))]
+    axes = ["draw", "sample", "position"][-max(2, bad.ndim) :] + [f"axis {i}" for i in range(3, bad.ndim)]
     bounds = zip(axes, indices.amin(0).tolist(), indices.amax(0).tolist())
     ranges = ", ".join(f"{axis} {low} to {high}" for axis, low, high in bounds)
     raise DivergenceError(
@@ -192,9 +192,11 @@ def draw_visit_counts(policy: ThinkingConfig, rng: RandomKeys | None) -> list[in
     fixed = [1] * (policy.steps - 1) + [policy.visits_max]
     if policy.visits_max == 1:
         return fixed
+    if policy.visits_min == policy.visits_max:
+        return fixed if policy.visits_last_only else [policy.visits_max] * policy.steps
     if rng is None:
         raise ValueError(
-            "visits are random in training (thinking.visits_max > 1): pass `rng` or a schedule of landscapes"
+            "visits are random in training (thinking.visits_min < visits_max): pass `rng` or a schedule of landscapes"
         )
     uniform = rng.for_purpose("visits").uniform(policy.steps).flatten()
     scaled = uniform * (policy.visits_max - policy.visits_min + 1)
@@ -280,7 +282,7 @@ class DescentPolicy(nn.Module):
             detach_direction=not differentiable or (policy.truncate and step < len(schedule) - 1),
             noise_std=self.noise_std(step),
             step_size=alpha.clamp(min=policy.step_size_floor) * annealing * step_scale,
-            bound=None if policy.clamp is None else policy.clamp / alpha,
+            bound=None if policy.clamp is None else policy.clamp / alpha.clamp(min=policy.step_size_floor),
         )
 
 # %% ../../nbs/thinking/01_descent.ipynb #59ab1789
@@ -336,10 +338,11 @@ class Descent(DescentPolicy):
     ) -> Trace:
         """Descend from `start` (by default one that the space draws, of `dtype`) and return the trace.
 
-        `energy(embedded, landscape)` returns the energies of embedded candidates. `rng` decides starts, noise and
-        random step sizes (None: none is drawn), `schedule` the landscape of each step (by default `draw_schedule()`).
-        With early stops the trace may be shorter. If `differentiable` it has the graph that the policy says. Without
-        `keep_candidates` it has the last candidate only, and a graph of the last energies only. Raises DivergenceError.
+        `energy(embedded, landscape)` returns the energies of embedded candidates. `schedule` is the landscape of each
+        step, by default `draw_schedule()` without a key. With early stops the trace may be shorter. If `differentiable`
+        it has the graph that the policy says. Without `keep_candidates` it has the last candidate only, and a graph of
+        the last energies only. Raises ValueError where start, noise, step size or number of visits is random and `rng`
+        (or a schedule) is missing, and DivergenceError.
         """
         schedule = self.draw_schedule() if schedule is None else schedule
         candidate = space.start(rng, dtype) if start is None else start
@@ -382,6 +385,8 @@ class Descent(DescentPolicy):
             candidate = candidate.detach()
         noise = None
         if settings.noise_std:
+            if rng is None:
+                raise ValueError("there is Langevin noise (thinking.noise or inference.noise > 0): pass `rng`")
             noise = rng.for_purpose("langevin", step).normal(space.noise_width, candidate.dtype, settings.noise_std)
         return space.enter(candidate, noise)
 
