@@ -37,7 +37,9 @@ class RunSection(Section):
 class OptimConfig(Section):
     "Optimiser and learning-rate schedule; every parameter group warms up to its own peak and decays from it."
 
-    name: Literal["adamw", "stable_adamw", "lars"] = Field("adamw", description="optimiser")
+    name: Literal["adamw", "stable_adamw", "lars", "muon"] = Field(
+        "adamw", description="optimiser; muon is for the matrices of blocks, and leaves the others to AdamW"
+    )
     peak_lr: float = Field(1.2e-3, gt=0, description="peak learning rate of the network")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates")
     weight_decay: float = Field(

@@ -69,7 +69,7 @@ def free_disk(folder: Path | str) -> int:
     return shutil.disk_usage(existing).free
 
 # %% ../../nbs/training/13_estimate.ipynb #e29b659b
-OPTIMIZER_STATES = {"adamw": 2, "stable_adamw": 2, "lars": 1}  # numbers that an optimiser keeps for each weight
+OPTIMIZER_STATES = {"adamw": 2, "stable_adamw": 2, "lars": 1, "muon": 2}  # numbers kept for each weight, at most
 
 
 @dataclass(frozen=True)

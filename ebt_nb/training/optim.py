@@ -21,21 +21,29 @@ from ..thinking.descent import Descent
 def parameter_groups(model: nn.Module, descent: Descent | None, optim: OptimConfig) -> list[dict]:
     """Return the parameter groups of an optimiser.
 
-    Each has `name`, `params`, the peak learning rate `lr` and `weight_decay`. A parameter with two uses (a tied table)
-    appears once.
+    Each has `name`, `params`, the peak learning rate `lr` and `weight_decay`; with Muon `use_muon` too. A parameter
+    with two uses (a tied table) appears once.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - tables
     trainable = [p for p in model.parameters() if p.requires_grad]
     weights = [p for p in trainable if id(p) in matrices]
     others = [p for p in trainable if id(p) not in matrices]
+    block_weights = []
+    if optim.name == "muon":
+        in_blocks = {id(p) for block in getattr(model, "blocks", []) for p in block.parameters() if p.ndim == 2}
+        block_weights = [p for p in weights if id(p) in in_blocks]
+        weights = [p for p in weights if id(p) not in in_blocks]
     groups = [
+        dict(name="block_weights", params=block_weights, lr=optim.peak_lr, weight_decay=optim.weight_decay),
         dict(name="weights", params=weights, lr=optim.peak_lr, weight_decay=optim.weight_decay),
         dict(name="others", params=others, lr=optim.peak_lr, weight_decay=0.0),
     ]
     if descent is not None and descent.step_size.requires_grad:
         lr = optim.peak_lr * optim.step_size_lr_multiplier
         groups.append(dict(name="step_size", params=[descent.step_size], lr=lr, weight_decay=0.0))
+    if optim.name == "muon":
+        groups = [group | {"use_muon": group["name"] == "block_weights"} for group in groups]
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/training/03_optim.ipynb #c46696a2
@@ -53,6 +61,8 @@ def build_optimizer(groups: list[dict], optim: OptimConfig) -> Optimizer:
         ) from None
     if optim.name == "stable_adamw":
         return library.StableAdamW(groups, lr=lr, betas=betas, weight_decay=decay)
+    if optim.name == "muon":
+        return library.Muon(groups, lr=lr, weight_decay=decay, use_adjusted_lr=True, adamw_betas=betas, adamw_eps=1e-8)
     return library.LARS(groups, lr=lr, momentum=betas[0], weight_decay=decay)
 
 # %% ../../nbs/training/03_optim.ipynb #a2ad38a2
