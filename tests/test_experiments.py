@@ -53,7 +53,7 @@ RECIPES = {
         {"updates": 2, "keep": 2, "seeds": [1], "learning_rates": [1.0]},
         {"updates": 2, "keep": 1, "seeds": [1]},
     ],
-    "only_recipes": ["vocabulary", "reconstruction, loss predicted"],
+    "only_recipes": ["vocabulary", "reconstruction, noise"],
     "rows": 2,
     "samples": 2,
 }
