@@ -131,6 +131,13 @@ class InferenceConfig(Section):
     )
     step_size: float | None = Field(None, gt=0, description="alpha; null: the trained one")
     step_size_factor: float = Field(1.0, gt=0, description="alpha is multiplied by this number")
+    extra_step_factor: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="each step beyond the number that training takes is this many times as long as the one before, so "
+        "that longer thinking converges; 1: as long",
+    )
     step_size_last_only: bool = Field(
         False, description="inference.step_size and inference.step_size_factor apply in the last landscape only"
     )

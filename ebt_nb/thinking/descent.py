@@ -276,6 +276,9 @@ class DescentPolicy(nn.Module):
         """
         policy, alpha = self.policy, self.base_step_size(schedule[step])
         annealing = policy.anneal ** (step / max(1, len(schedule) - 1))
+        if not self.training:
+            trained_steps = policy.steps - 1 + policy.visits_max
+            annealing *= self.inference.extra_step_factor ** max(0, step - trained_steps + 1)
         return StepSettings(
             landscape=schedule[step],
             detach_candidate=policy.detach or not differentiable,
