@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'register_preset', 'tokenizer_size', 'shape_of_size', 'convert_tree', 'system_2_thinking', 'preset_variant',
-           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'text_quickstart', 'text_thinking', 'text_finetune',
-           'image_denoise_ebt_s1', 'image_denoise_ebt_s2', 'image_denoise_dit', 'image_quickstart', 'image_t2i_ebt_s1',
-           'image_t2i_ebt_s2', 'image_t2i_dit']
+           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'guess_recipe', 'text_ebt', 'text_quickstart',
+           'text_thinking', 'text_finetune', 'image_denoise_ebt_s1', 'image_denoise_ebt_s2', 'image_denoise_dit',
+           'image_quickstart', 'image_t2i_ebt_s1', 'image_t2i_ebt_s2', 'image_t2i_dit']
 
 # %% ../../nbs/config/06_presets.ipynb #95509671
 import math
@@ -146,6 +146,24 @@ def text_ebt_s2(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
         ),
         objective=dict(steps="last"),
     )
+
+# %% ../../nbs/config/06_presets.ipynb #4dfa9ac6
+def guess_recipe(size: str) -> dict[str, dict[str, Any]]:
+    "Return the sections of the recipe whose candidates start from the observed stream's guess."
+    step_size = SIZES[size].width / 8
+    return dict(
+        model=dict(conditioning="step_embed", energy="reconstruction", first_step_std=0.3),
+        thinking=dict(steps=2, rule="embedding", start="hidden", start_std=0.0, detach=False, step_size=step_size),
+        inference=dict(extra_step_factor=0.5),
+        objective=dict(steps="last", start_weight=1.0, loss_prediction=0.1),
+        optim=dict(step_size_lr_multiplier=step_size),
+    )
+
+
+@register_preset("text/ebt")
+def text_ebt(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
+    "An energy model that improves on a feed-forward guess in two steps; on the data and schedule of text/ebt_s1."
+    return preset_variant(text_ebt_s1(size, tokenizer), run=dict(name="text/ebt"), **guess_recipe(size))
 
 # %% ../../nbs/config/06_presets.ipynb #989078e2
 @register_preset("text/quickstart")
