@@ -22,6 +22,7 @@ from ..compute.matmul import fast_matmul
 from ..compute.memory import keep_freed_memory, measure_peak_growth
 from ..config.models import Conditioning
 from ..config.overrides import build_config, override_config
+from ..config.presets import guess_recipe
 from .base import Batch
 from .build import build_module
 from .language import LanguageModule
@@ -41,8 +42,7 @@ class BenchmarkShape:
         steps: thinking steps.
         conditioning: the energy model's variant.
         batch: sequences in a batch.
-        rule: what a candidate is. 'embedding' candidates start from hidden states, their steps are not detached, and
-            only the last is scored.
+        rule: what a candidate is. With 'embedding' the recipe is that of the preset text/ebt.
     """
 
     size: str = "xxs"
@@ -80,8 +80,9 @@ def build_benchmark_module(
     if kind == "ebt":
         changes |= {"model.conditioning": shape.conditioning, "thinking.steps": shape.steps}
     if kind == "ebt" and shape.rule == "embedding":
-        changes |= {"thinking.rule": "embedding", "thinking.start": "hidden", "thinking.start_std": 0.0}
-        changes |= {"thinking.detach": False, "objective.steps": "last"}
+        for section, values in guess_recipe(shape.size).items():
+            changes |= {f"{section}.{key}": value for key, value in values.items()}
+        changes["thinking.steps"] = shape.steps
     return build_module(override_config(config, changes)).to(device)
 
 
@@ -133,10 +134,10 @@ def minimum_flops(shape: BenchmarkShape, kind: Kind = "ebt") -> float:
     """
     if kind == "ebt" and not shape.has_shared_context:
         raise ValueError(f"conditioning {shape.conditioning!r}: computes a new context for every step")
-    config = build_benchmark_module(shape, kind).config.model
-    width, layers = config.width, config.layers
+    config = build_benchmark_module(shape, kind).config
+    width, layers = config.model.width, config.model.layers
     attention_weights = 4 * width**2
-    ffn_weights = 3 * width * int(width * config.ffn_multiplier)
+    ffn_weights = 3 * width * int(width * config.model.ffn_multiplier)
     block_weights = attention_weights + ffn_weights
     vocabulary, context = shape.vocab * width, shape.context * width
     if kind == "transformer":
@@ -144,7 +145,8 @@ def minimum_flops(shape: BenchmarkShape, kind: Kind = "ebt") -> float:
     each_step = 6 * layers * block_weights + 12 * layers * context
     if shape.rule == "embedding":
         observed = 3 * layers * block_weights + 6 * layers * context
-        return 2 * (observed + shape.steps * each_step + 3 * vocabulary)
+        num_readouts = 2 if config.objective.start_weight else 1
+        return 2 * (observed + shape.steps * (each_step + 6 * width**2) + num_readouts * 3 * vocabulary)
     observed = 3 * (layers * block_weights - ffn_weights - 2 * width**2) + 6 * (layers - 1) * context
     return 2 * (observed + shape.steps * (each_step + 5 * vocabulary))
 
