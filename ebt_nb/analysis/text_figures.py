@@ -35,7 +35,7 @@ from ..inference.next_token import freeze_for_inference
 from ..runs.files import RunError
 from ..runs.folders import Run
 from ..thinking.descent import Trace, pad_with_last
-from ..thinking.verify import energies_after_moves, relative_energy
+from ..thinking.verify import energies_after_moves
 from ..training.base import Batch
 from ..training.language import LanguageModule
 from ..training.overfit import OverfitResult
@@ -194,20 +194,20 @@ def draw_text_figures(
 def draw_energy_figures(
     module: LanguageModule, tokenizer: TextTokenizer, predicted: PredictedBatches
 ) -> dict[str, Figure]:
-    "Return figures that compare relative energies with negative log-likelihoods, by token and by kind of token."
+    "Return figures that compare energies with negative log-likelihoods, by token and by kind of token."
     energies = []
     for batch, trace in zip(predicted.batches, predicted.traces):
         energy = module.model.condition_on(module.model.observe(batch["inputs"]))
-        energies.append(relative_energy(energy, module.space, trace))
-    relative, nll = torch.cat(energies), predicted.last_nll
+        energies.append(module.comparable_energies(energy, trace))
+    energies, nll = torch.cat(energies), predicted.last_nll
     targets = torch.cat([batch["targets"] for batch in predicted.batches])
     figures, scored = {}, targets >= 0
     if scored.sum() >= 3:
-        scored_energies = torch.where(scored, relative, torch.nan)
-        figures["energy_and_nll"] = plot_energy_and_nll(scored_energies, nll, "energy relative to the start")
+        scored_energies = torch.where(scored, energies, torch.nan)
+        figures["energy_and_nll"] = plot_energy_and_nll(scored_energies, nll, module.comparable_energy_name)
     counts = targets[scored].unique(return_counts=True)[1]
     if (counts >= 5).sum() >= 2:
-        means = mean_energy_and_nll_by_token(targets, relative, nll, tokenizer.decode, min_count=5)
+        means = mean_energy_and_nll_by_token(targets, energies, nll, tokenizer.decode, min_count=5)
         figures["tokens_by_energy"] = plot_extreme_tokens(means)
     return figures
 

@@ -37,6 +37,8 @@ class TokenMetrics:
         energies_before: before each move.
         energies_after: after each move.
         relative_energy: energy of the prediction minus that of the start, both in the last landscape.
+        comparable_energy: energy of the prediction, as it can be compared between positions: as it is if it was trained
+            to be the loss, else relative to the start.
         target_energy: energy of being certain of the target minus that of the start, both in the last landscape.
         num_moves: how many moves the candidate made.
         sample_distance: root mean square distance between the samples.
@@ -50,6 +52,7 @@ class TokenMetrics:
     energies_before: Float[Tensor, "steps N"] | None = None
     energies_after: Float[Tensor, "steps N"] | None = None
     relative_energy: Float[Tensor, "N"] | None = None
+    comparable_energy: Float[Tensor, "N"] | None = None
     target_energy: Float[Tensor, "N"] | None = None
     num_moves: Int[Tensor, "N"] | None = None
     sample_distance: Float[Tensor, "N"] | None = None
@@ -111,10 +114,12 @@ def measure_energies(
         before.append(after[-1])  # a step that is not taken would start from the last prediction
     start_energy = (result.final_energies - result.relative_energies).mean(0)
     target_energy = energy(space.embed_tokens(targets.clamp(min=0)), trace.landscapes[-1]) - start_energy
+    comparable = result.final_energies if module.has_comparable_energies else result.relative_energies
     return dict(
         energies_before=torch.stack(pad_with_last(before, num_steps)),
         energies_after=torch.stack(pad_with_last(after, num_steps)),
         relative_energy=select_energies(result.relative_energies, result.chosen_index)[scored],
+        comparable_energy=select_energies(comparable, result.chosen_index)[scored],
         target_energy=target_energy[scored],
         num_moves=trace.num_moves[scored],
         sample_distance=result.sample_distance[scored],
@@ -153,9 +158,9 @@ def auroc(uncertainty: Float[Tensor, "N"], is_wrong: Bool[Tensor, "N"]) -> float
 def uncertainty_auroc(metrics: TokenMetrics) -> dict[str, float]:
     """Return the AUROC of each measure of uncertainty, for predictions whose likeliest token is wrong.
 
-    The measures are 'energy' (the relative energy, if there is one), 'max_probability' (one minus the largest
+    The measures are 'energy' (the comparable energy, if there is one), 'max_probability' (one minus the largest
     probability) and 'entropy'. A measure is left out where all predictions are correct, or all are wrong.
     """
-    measures = dict(energy=metrics.relative_energy, max_probability=-metrics.confidence, entropy=metrics.entropy)
+    measures = dict(energy=metrics.comparable_energy, max_probability=-metrics.confidence, entropy=metrics.entropy)
     areas = {name: auroc(values, ~metrics.is_correct) for name, values in measures.items() if values is not None}
     return {name: area for name, area in areas.items() if area is not None}

@@ -21,10 +21,11 @@ from ..config.kinds import RunConfig
 from ..config.thinking import CrossEntropyConfig, ObjectiveConfig
 from ..models.energy import EnergyTransformer, initialise_as_published
 from ..models.transformer import Transformer
-from ..thinking.descent import Descent
+from ..thinking.descent import Descent, Energy, Trace
 from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import TokenSpace
+from ..thinking.verify import final_energy, relative_energy
 from .base import Batch, EnergyTrainingModule, TrainingModule, resolve_compile
 from .losses import ObjectiveOutput, chunked_cross_entropy
 from .objectives import energy_objective, feed_forward_objective
@@ -205,6 +206,21 @@ class EnergyLanguageModule(EnergyTrainingModule, LanguageModule):
     def space(self) -> TokenSpace | EmbeddingSpace:
         "The space of candidates, which borrows weights of the model."
         return prediction_space(self.model, self.config)
+
+    @property
+    def has_comparable_energies(self) -> bool:
+        "Whether final energies of different positions can be compared: they can if they were trained to be losses."
+        return self.config.objective.loss_prediction > 0
+
+    @property
+    def comparable_energy_name(self) -> str:
+        "What `comparable_energies` are, in words."
+        return "energy" if self.has_comparable_energies else "energy relative to the start"
+
+    def comparable_energies(self, energy: Energy, trace: Trace) -> Float[Tensor, "*scored"]:
+        "Return energies of predictions that can be compared between positions: final ones, or relative to the start."
+        measure = final_energy if self.has_comparable_energies else relative_energy
+        return measure(energy, self.space, trace)
 
     def batch_rng(self, batch: Batch, micro_step: int | None = None) -> RandomKeys:
         "Return keys by seed, sample and position, in training by micro-step too."
