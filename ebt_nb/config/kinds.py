@@ -117,6 +117,16 @@ def _check_truncation(config: RunConfig) -> None:
         )
 
 
+def _check_samples_differ(config: RunConfig, starts_alike: bool) -> None:
+    thinking, inference = config.thinking, config.inference
+    noise = thinking.noise if inference.noise is None else inference.noise
+    if inference.samples > 1 and starts_alike and not noise:
+        raise ValueError(
+            f"inference.samples: all {inference.samples} samples would be the same, because they start alike and no "
+            "noise is added; set inference.noise (0.3, say), or inference.samples=1"
+        )
+
+
 class EnergyLanguageConfig(LanguageConfig):
     "A run of an energy model of language."
 
@@ -140,6 +150,7 @@ class EnergyLanguageConfig(LanguageConfig):
                 "model.energy: a reconstruction energy reads what the observed stream expects; "
                 "set thinking.rule=embedding and thinking.start=hidden (or newest)"
             )
+        _check_samples_differ(self, self.thinking.start == "zeros" or not self.thinking.start_std)
         if self.thinking.rule == "raw" and self.objective.contrastive:
             raise ValueError(
                 "objective.contrastive: compares one-hot targets with distributions, and thinking.rule=raw has none; "
@@ -208,6 +219,9 @@ class EnergyImageConfig(ImageConfig):
     @model_validator(mode="after")
     def _check_objective(self):
         _check_truncation(self)
+        thinking = self.thinking
+        starts_alike = self.data.task == "denoise" or thinking.start == "zeros" or not thinking.start_std
+        _check_samples_differ(self, starts_alike)
         return self
 
 
