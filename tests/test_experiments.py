@@ -73,7 +73,7 @@ BENCHMARK = {
 # preset, settings, words of the report, figures
 EXPERIMENTS = {
     "start": (
-        "text/quickstart",
+        "text/quickstart_s1",
         TEXT | {"updates": 2, "seeds": [1], "only": ["near"]},
         r"\*\*near\*\*: not clearly",
         2,
@@ -86,7 +86,7 @@ EXPERIMENTS = {
         2,
     ),
     "think": ("text/thinking", TEXT | THINK, r"relative to a random choice", 4),
-    "recipes": ("text/quickstart", TEXT | RECIPES, r"The best recipe is", 1),
+    "recipes": ("text/quickstart_s1", TEXT | RECIPES, r"The best recipe is", 1),
     "denoise": (
         "image/quickstart",
         IMAGES | {"seeds": 1, "limit": 4, "diffusion.steps": 300},

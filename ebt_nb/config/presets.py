@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'register_preset', 'tokenizer_size', 'shape_of_size', 'convert_tree', 'system_2_thinking', 'preset_variant',
-           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'guess_recipe', 'text_ebt', 'text_quickstart',
-           'text_thinking', 'text_finetune', 'image_denoise_ebt_s1', 'image_denoise_ebt_s2', 'image_denoise_dit',
-           'image_quickstart', 'image_t2i_ebt_s1', 'image_t2i_ebt_s2', 'image_t2i_dit']
+           'text_ebt_s1', 'text_transformer', 'text_ebt_s2', 'guess_recipe', 'text_ebt', 'text_quickstart_s1',
+           'text_quickstart', 'text_thinking', 'text_finetune', 'image_denoise_ebt_s1', 'image_denoise_ebt_s2',
+           'image_denoise_dit', 'image_quickstart', 'image_t2i_ebt_s1', 'image_t2i_ebt_s2', 'image_t2i_dit']
 
 # %% ../../nbs/config/06_presets.ipynb #95509671
 import math
@@ -166,13 +166,13 @@ def text_ebt(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
     return preset_variant(text_ebt_s1(size, tokenizer), run=dict(name="text/ebt"), **guess_recipe(size))
 
 # %% ../../nbs/config/06_presets.ipynb #989078e2
-@register_preset("text/quickstart")
-def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
-    "Minutes on a laptop: a small System 1 model with step_embed conditioning on the embedded novels."
+@register_preset("text/quickstart_s1")
+def text_quickstart_s1(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
+    "Minutes on a laptop: a small System 1 model, whose candidates are distributions, on the embedded novels."
     vocab_size = tokenizer_size(tokenizer)
     return validate_config(
         dict(
-            run=dict(name="text/quickstart"),
+            run=dict(name="text/quickstart_s1"),
             model=dict(kind="ebt", vocab_size=vocab_size, **shape_of_size(size)),
             thinking=dict(steps=2, step_size=5.0, start_std=round(math.sqrt(2 * math.log(vocab_size)), 2)),
             data=dict(source="austen", tokenizer=tokenizer, context=128, batch_size=16),
@@ -184,6 +184,12 @@ def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfi
     )
 
 
+@register_preset("text/quickstart")
+def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
+    "Minutes on a laptop: a small model of the recipe text/ebt, on the embedded novels."
+    return preset_variant(text_quickstart_s1(size, tokenizer), run=dict(name="text/quickstart"), **guess_recipe(size))
+
+
 @register_preset("text/thinking")
 def text_thinking(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
     """Minutes on a laptop: a small System 2 model, all of whose 2 or 3 noisy steps are differentiated.
@@ -191,7 +197,7 @@ def text_thinking(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
     It reads the embedded novels, or brackets to close (data.kind=questions, data.source=dyck_generated).
     """
     return preset_variant(
-        text_quickstart(size, tokenizer),
+        text_quickstart_s1(size, tokenizer),
         run=dict(name="text/thinking"),
         thinking=system_2_thinking(noise=3.0, replay=64),
         objective=dict(steps="last"),

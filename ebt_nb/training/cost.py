@@ -70,7 +70,7 @@ def build_benchmark_module(
 
     Raises ConfigError for a shape that is not valid, or when steps are to be compiled and cannot be.
     """
-    config = build_config("text/quickstart", {"model.size": shape.size, "model.kind": kind})
+    config = build_config("text/quickstart_s1", {"model.size": shape.size, "model.kind": kind})
     changes = {
         "model.vocab_size": shape.vocab,
         "data.context": shape.context,
