@@ -279,10 +279,11 @@ def plot_extreme_tokens(means: list[TokenMeans], most: int = 8) -> Figure:
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #9821bafd
-def plot_losses_by_step(losses: dict[str, list[float | Tensor]]) -> Figure:
+def plot_losses_by_step(losses: dict[str, list[float | Tensor]], begins_at_start: bool = False) -> Figure:
     """Plot the loss (nats per token) after each thinking step, by name; a single loss is a horizontal line.
 
-    Raises AnalysisError if there are no losses.
+    With `begins_at_start` the first loss of several is that of the start, before any step. Raises AnalysisError if
+    there are no losses.
     """
     losses = {name: [float(loss) for loss in series] for name, series in losses.items()}
     for name, series in losses.items():
@@ -291,16 +292,17 @@ def plot_losses_by_step(losses: dict[str, list[float | Tensor]]) -> Figure:
     if not losses:
         raise AnalysisError("plot_losses_by_step: no losses were given")
     figure, axes = create_figure(4.6, 3.0)
-    ax, gains = axes[0, 0], []
+    ax, gains, first = axes[0, 0], [], 0 if begins_at_start else 1
     for number, (name, series) in enumerate(losses.items()):
-        color, num_steps = f"C{number}", len(series)
-        if num_steps == 1:
+        color, steps = f"C{number}", range(first, first + len(series))
+        if len(series) == 1:
             ax.axhline(series[0], color=color, ls="--", label=f"{name}: {series[0]:.3f}")
             continue
-        ax.plot(range(1, num_steps + 1), series, "o-", color=color, label=f"{name}: {series[-1]:.3f} at the end")
+        ax.plot(steps, series, "o-", color=color, label=f"{name}: {series[-1]:.3f} at the end")
         change = f"{abs(1 - series[-1] / series[0]):.2%} {'less' if series[-1] < series[0] else 'more'}"
-        gains.append(f"{name}: step {num_steps} has {change} loss than step 1")
-    ax.set(xlabel="thinking step", ylabel="loss (nats per token)", xticks=range(1, max(map(len, losses.values())) + 1))
+        gains.append(f"{name}: step {steps[-1]} has {change} loss than {'step 1' if first else 'the start'}")
+    ticks = range(first, first + max(map(len, losses.values())))
+    ax.set(xlabel="thinking step", ylabel="loss (nats per token)", xticks=ticks)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.set_title("\n".join(gains) or "No thinking: one step", fontsize=10)
     ax.margins(x=0.15, y=0.2)
