@@ -26,7 +26,7 @@ SIZE = {"model.layers": 1, "model.width": 16, "model.heads": 2, "trainer.threads
 def save_checkpoint(path, kind="ebt", cache=None, **changes):
     "Save a small untrained language model as training saves it, with `changes` to the checkpoint."
     data = {"data.context": 24, "data.batch_size": 4, "data.cache_dir": str(cache)}
-    config = build_config("text/quickstart", {"model.kind": kind} | SIZE | data)
+    config = build_config("text/quickstart_s1", {"model.kind": kind} | SIZE | data)
     module, tokenizer = build_module(config), load_tokenizer(config.data.tokenizer)
     module.tokenizer = dict(name=tokenizer.name, fingerprint=tokenizer.fingerprint)
     checkpoint = dict(state_dict=module.state_dict())
@@ -139,7 +139,7 @@ def test_own_text(evaluate):
 
 def test_every_checkpoint_of_a_run_in_one_table(home, forker, tmp_path):
     "The experiment `evaluate` with RUN:all and a single file: a row for each checkpoint, and a curve over updates."
-    run = Run.create(build_config("text/quickstart", {"run.runs_dir": str(tmp_path / "runs")}))
+    run = Run.create(build_config("text/quickstart_s1", {"run.runs_dir": str(tmp_path / "runs")}))
     for step in (2, 4):
         save_checkpoint(run.dir / f"checkpoints/step={step:06d}.ckpt", cache=home / "cache", global_step=step)
     code, _out, err = forker.run(

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def save_checkpoint(path, kind="ebt", **changes):
     "Save a small untrained model as training saves it, with `changes` to the checkpoint; return its configuration."
     size = {"model.layers": 1, "model.width": 16, "model.heads": 2, "data.context": 24, "trainer.threads": 1}
-    config = build_config("text/quickstart", {"model.kind": kind} | size)
+    config = build_config("text/quickstart_s1", {"model.kind": kind} | size)
     module, tokenizer = build_module(config), load_tokenizer(config.data.tokenizer)
     module.tokenizer = dict(name=tokenizer.name, fingerprint=tokenizer.fingerprint)
     checkpoint = dict(state_dict=module.state_dict())

@@ -95,7 +95,7 @@ def jobs(tmp_path_factory, forker):
 def tiny_config(folder: Path, **changes) -> RunConfig:
     "Every kind of randomness, a replay buffer that makes checkpoints large, and a checkpoint after every third update."
     return build_config(
-        "text/quickstart",
+        "text/quickstart_s1",
         {
             "model.layers": 1,
             "model.width": 32,

@@ -52,7 +52,7 @@ RECIPES = {
 }
 
 
-def small_config(folder: Path, preset: str = "text/quickstart", **changes) -> RunConfig:
+def small_config(folder: Path, preset: str = "text/quickstart_s1", **changes) -> RunConfig:
     "Return a configuration of a few updates of a small model, with keys changed."
     small = {
         "model.layers": 2,

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from .landscape import AnalysisError, check_trace_index, create_figure, escape_dollars
 from ..thinking.descent import Trace
+from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace
 
 # %% ../../nbs/analysis/01_traces.ipynb #a7d6c01a
 def token_nll(
-    space: TokenSpace, prediction: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, "batch seq"]
+    space: TokenSpace | EmbeddingSpace, prediction: Float[Tensor, "batch seq size"], targets: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
     "Return the negative log-likelihood (nats) of each target; NaN where a target is negative (not scored)."
     log_probabilities = space.log_probabilities(prediction.detach())
@@ -62,7 +63,7 @@ class PredictionSteps:
 def likeliest_tokens_by_step(
     trace: Trace,
     energies_after: list[Float[Tensor, "batch seq"]],
-    space: TokenSpace,
+    space: TokenSpace | EmbeddingSpace,
     sample: int,
     position: int,
     decode: Decode,

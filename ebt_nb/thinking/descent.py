@@ -190,8 +190,6 @@ def draw_visit_counts(policy: ThinkingConfig, rng: RandomKeys | None) -> list[in
     Raises ValueError if the number is random and there is no key.
     """
     fixed = [1] * (policy.steps - 1) + [policy.visits_max]
-    if policy.visits_max == 1:
-        return fixed
     if policy.visits_min == policy.visits_max:
         return fixed if policy.visits_last_only else [policy.visits_max] * policy.steps
     if rng is None:
@@ -275,10 +273,8 @@ class DescentPolicy(nn.Module):
         and direction are detached; if not, both are.
         """
         policy, alpha = self.policy, self.base_step_size(schedule[step])
-        annealing = policy.anneal ** (step / max(1, len(schedule) - 1))
-        if not self.training:
-            trained_steps = policy.steps - 1 + policy.visits_max
-            annealing *= self.inference.extra_step_factor ** max(0, step - trained_steps + 1)
+        num_extra = 0 if self.training else max(0, step + 2 - policy.steps - policy.visits_max)
+        annealing = policy.anneal ** (step / max(1, len(schedule) - 1)) * self.inference.extra_step_factor**num_extra
         return StepSettings(
             landscape=schedule[step],
             detach_candidate=policy.detach or not differentiable,
@@ -344,8 +340,7 @@ class Descent(DescentPolicy):
         `energy(embedded, landscape)` returns the energies of embedded candidates. `schedule` is the landscape of each
         step, by default `draw_schedule()` without a key. With early stops the trace may be shorter. If `differentiable`
         it has the graph that the policy says. Without `keep_candidates` it has the last candidate only, and a graph of
-        the last energies only. Raises ValueError where start, noise, step size or number of visits is random and `rng`
-        (or a schedule) is missing, and DivergenceError.
+        the last energies only. Raises DivergenceError, and ValueError where `rng` (or a schedule) is missing.
         """
         schedule = self.draw_schedule() if schedule is None else schedule
         candidate = space.start(rng, dtype) if start is None else start
