@@ -145,6 +145,8 @@ class EnergyLanguageConfig(LanguageConfig):
             raise ValueError(
                 "objective.start_weight: a start is a prediction only with thinking.rule=embedding; leave it out"
             )
+        if self.objective.start_every > 1 and not self.objective.start_weight:
+            raise ValueError("objective.start_every: has no effect without objective.start_weight; leave it out")
         if self.model.energy == "reconstruction" and self.thinking.guess == "none":
             raise ValueError(
                 "model.energy: a reconstruction energy reads what the observed stream expects; "

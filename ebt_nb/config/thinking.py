@@ -196,6 +196,11 @@ class ObjectiveConfig(CrossEntropyConfig, ImageObjectiveConfig):
         ge=0,
         description="weight of the loss of the start, read out as a prediction; needs thinking.rule=embedding",
     )
+    start_every: int = Field(
+        1,
+        ge=1,
+        description="the start is scored at every n-th position, n times as heavily; larger is cheaper and noisier",
+    )
 
 # %% ../../nbs/config/03_thinking.ipynb #5f6a383d
 class GenerationConfig(Section):

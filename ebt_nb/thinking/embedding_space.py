@@ -103,7 +103,7 @@ class ScoringEmbeddingSpace(ScoringSpace):
         "Return the first candidates, one for every key, and score them if `objective.start_weight` says so."
         candidate = self.space.start(rng, dtype)
         if self.objective.start_weight:
-            self._add_loss(candidate, self.objective.start_weight)
+            self._add_loss(candidate, self.objective.start_weight, self.objective.start_every)
         return candidate
 
     def enter(
@@ -134,11 +134,16 @@ class ScoringEmbeddingSpace(ScoringSpace):
             self.step_losses.append(self._add_loss(moved, weight))
         return moved
 
-    def _add_loss(self, candidate: Float[Tensor, "batch seq width"], weight: float) -> Float[Tensor, ""]:
-        "Add the weighted loss of candidates to `pending_loss`; return it without weight and graph."
-        readout = self.space.readout
-        normed, table = readout.norm(candidate), readout.head.weight
-        smoothing = self.objective.label_smoothing
-        loss, self.last_losses = linear_cross_entropy(normed, table, self.targets, weight * self.weights, smoothing)
+    def _add_loss(
+        self, candidate: Float[Tensor, "batch seq width"], weight: float, every: int = 1
+    ) -> Float[Tensor, ""]:
+        """Add the weighted loss of candidates to `pending_loss`; return it without weight and graph.
+
+        Candidates at every n-th position stand for all.
+        """
+        readout, smoothing = self.space.readout, self.objective.label_smoothing
+        normed, table = readout.norm(candidate[:, ::every]), readout.head.weight
+        targets, weights = self.targets[:, ::every], weight * every * self.weights[:, ::every]
+        loss, self.last_losses = linear_cross_entropy(normed, table, targets, weights, smoothing)
         self.add_pending(loss)
         return loss.detach() / weight

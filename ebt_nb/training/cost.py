@@ -145,7 +145,7 @@ def minimum_flops(shape: BenchmarkShape, kind: Kind = "ebt") -> float:
     each_step = 6 * layers * block_weights + 12 * layers * context
     if shape.rule == "embedding":
         observed = 3 * layers * block_weights + 6 * layers * context
-        num_readouts = 2 if config.objective.start_weight else 1
+        num_readouts = 1 + bool(config.objective.start_weight) / config.objective.start_every
         return 2 * (observed + shape.steps * (each_step + 6 * width**2) + num_readouts * 3 * vocabulary)
     observed = 3 * (layers * block_weights - ffn_weights - 2 * width**2) + 6 * (layers - 1) * context
     return 2 * (observed + shape.steps * (each_step + 5 * vocabulary))
