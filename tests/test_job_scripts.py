@@ -31,6 +31,7 @@ SMALL = {
 @pytest.mark.parametrize(
     "script, preset, extra",
     [
+        ("ebt", "text/ebt", {}),
         ("ebt_s1", "text/ebt_s1", {}),
         ("ebt_s2", "text/ebt_s2", {"thinking.replay": 4}),
         ("baseline_transformer", "text/transformer", {}),
