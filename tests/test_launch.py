@@ -32,7 +32,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 def tiny_config(folder: Path, processes: int = 2, **changes) -> RunConfig:
     "A small run with 4 sequences in a batch of all processes together, whatever their number."
     return build_config(
-        "text/quickstart",
+        "text/quickstart_s1",
         {
             "model.layers": 1,
             "model.width": 32,

@@ -147,6 +147,11 @@ class EnergyLanguageConfig(LanguageConfig):
             )
         if self.objective.start_every > 1 and not self.objective.start_weight:
             raise ValueError("objective.start_every: has no effect without objective.start_weight; leave it out")
+        if self.model.init == "reference" and self.thinking.rule == "embedding":
+            raise ValueError(
+                "model.init: the published start is one of candidates over the vocabulary; set model.init=calibrated, "
+                "or thinking.rule=probabilities"
+            )
         if self.model.energy == "reconstruction" and self.thinking.guess == "none":
             raise ValueError(
                 "model.energy: a reconstruction energy reads what the observed stream expects; "
