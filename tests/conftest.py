@@ -12,6 +12,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from forked import Forker
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadScopeScheduling
 
 NUM_CORES = min(2, os.cpu_count() or 1)
 NUM_TEST_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -45,22 +46,30 @@ def pytest_configure(config):
 LONGEST_FIRST = ("test_experiments", "test_slurm", "test_launch", "test_parallel")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Start with the files that take longest, so that two test processes end at about the same time.
-
-    With `--dist loadgroup` a file is run by one process, because its tests share fixtures; each experiment is on its
-    own.
-    """
+    "Start with the files that take longest, so that test processes end at about the same time."
 
     def rank(item):
         name = item.path.stem
         return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
-    for item in items:
-        is_alone = item.path.stem == "test_experiments"
-        item.add_marker(pytest.mark.xdist_group(item.name if is_alone else item.path.stem))
+
+
+class FileScheduling(LoadScopeScheduling):
+    """A file is run by one test process, because its tests share fixtures; each experiment is on its own.
+
+    Groups (`--dist loadgroup`) would say the same, but pytest-xdist 3.8 cannot mark them with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return nodeid if file.endswith("test_experiments.py") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
