@@ -111,7 +111,8 @@ class EnergyTransformerConfig(LanguageModelConfig, EnergyHeadConfig):
     energy: EnergyForm = Field(
         "linear",
         description="what the energy is of a candidate and the state it leaves in the network: 'linear' in the state "
-        "as published; 'reconstruction': half the squared distance between the candidate and the state's proposal",
+        "as published; 'reconstruction': the squared distance of the candidate from what the state proposes, plus "
+        "a term of what the observed stream expects",
     )
 
 
