@@ -21,7 +21,8 @@ from data_checks import BatchRecorder, check_killed_preparation_is_replaced, fit
 
 from ebt_nb.config.overrides import build_config
 from ebt_nb.data import documents, packing
-from ebt_nb.data.sources import ASSETS, DataError, open_streams
+from ebt_nb.data.rows import open_streams
+from ebt_nb.data.sources import ASSETS, DataError
 from ebt_nb.data.text_loaders import BatchStream, TextDataModule
 from ebt_nb.data.tokenizers import load_tokenizer
 
@@ -326,7 +327,7 @@ def write_bad_corpora(tmp_path):
     (tmp_path / "torn.jsonl").write_text('{"text": "fine"}\n{"text": "to')
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(NOVEL[:9000].encode())[:-100])
-    (tmp_path / "plain.txt.gz").write_bytes(b"not gzip at all")
+    (tmp_path / "plain.txt.gz").write_bytes(b"Not gzip at all.")
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed/a.txt").write_text("a")
@@ -338,10 +339,10 @@ def write_bad_corpora(tmp_path):
         "empty.jsonl": "is empty",
         "blank.txt": "holds no text",
         "short.txt": "do not fill 2 rows of data.context=16",
-        "torn.jsonl": "cannot be read as json",
+        "torn.jsonl": "line 2 is not JSON",
         "torn.parquet": "cannot be read as parquet",
         "torn.txt.gz": "cannot be read",
-        "plain.txt.gz": "cannot be read",
+        "plain.txt.gz": "do not fill 2 rows",
         "numbers.jsonl": "holds int, not text",
         "mixed": "json and text",
         "nothing": "holds no file",

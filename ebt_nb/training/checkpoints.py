@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..config.errors import ConfigError, WorkbenchError
+from ..config.errors import LFS_MESSAGE, LFS_POINTER, ConfigError, WorkbenchError
 from ..config.kinds import check_format
 
 # %% ../../nbs/training/04_checkpoints.ipynb #cb9bcd76
@@ -29,6 +29,9 @@ def read_checkpoint(path: Path | str, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     damaged = f"{path}: not a checkpoint, or only part of one; copy it again, or use another checkpoint of its run"
     try:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{path}: {LFS_MESSAGE}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read this checkpoint ({error.strerror or error})") from None
