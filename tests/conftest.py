@@ -11,6 +11,7 @@ import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from forked import Forker
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
 
@@ -22,6 +23,18 @@ gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/10_mai
 
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is annotated is fine
 import_hook = install_import_hook("ebt_nb", "conftest.check_types")  # before anything imports the package
+
+# tests with drawn inputs: a few fixed examples in the suite; `EBT_FUZZ=10000` draws so many new ones
+NUM_EXAMPLES = int(os.environ.get("EBT_FUZZ", 0))
+settings.register_profile(
+    "drawn",
+    max_examples=NUM_EXAMPLES or 20,
+    derandomize=not NUM_EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("drawn")
 
 ROOT = Path(__file__).resolve().parents[1]
 
