@@ -171,9 +171,12 @@ def format_generation(result: dict[str, Any]) -> str:
             f"{result['uncached_positions_measured']} of {result['uncached_positions']} positions, "
             "the others interpolated"
         )
+    drafted = ""
+    if result["drafted_tokens_per_second"]:
+        drafted = f", with drafts {result['drafted_tokens_per_second']:.1f}"
     same = "the same tokens" if result["same_tokens"] else "NOT the same tokens"
     return (
-        f"batch {result['batch']}: cached {result['cached_tokens_per_second']:.1f} tokens/s; "
+        f"batch {result['batch']}: cached {result['cached_tokens_per_second']:.1f} tokens/s{drafted}; "
         f"uncached as published {result['uncached_tokens_per_second']:.2f} ({measured}): "
         f"{result['ratio']:.1f} x, at full context {result['ratio_at_full_context']:.1f} x; "
         f"uncached, gradient through candidates only, {result['lean_tokens_per_second']:.2f}: "

@@ -55,8 +55,8 @@ class TextDataConfig(LanguageDataConfig):
     kind: Literal["text"] = Field("text", description="text, packed into sequences")
     source: str = Field(
         "austen",
-        description="'austen' (embedded), 'redpajama-v2', 'fineweb', a hub name, or a path to text, json(l) or "
-        "parquet files",
+        description="'austen' (embedded), 'redpajama-v2', 'fineweb', a hub name, or a path to text, json(l), parquet "
+        "or arrow files, packed or not; parts of a folder named train, validation or test are splits",
     )
     text_column: str = Field("text", description="column that holds the text")
     streaming: bool = Field(False, description="read a hub data set while training instead of preparing it once")
@@ -80,7 +80,7 @@ class ImageDataConfig(DataConfig):
     source: str = Field(
         "fashion_mnist",
         description="'fashion_mnist', 'emoji' (embedded), 'imagenet-1k', 'coco-tiny', 'coco-medium', "
-        "a hub name or a folder",
+        "a hub name, a folder, or parquet files; parts of a folder named train, validation or test are splits",
     )
     task: Literal["denoise", "generate"] = Field(
         "denoise",

@@ -238,3 +238,9 @@ class EnergyGenerationConfig(GenerationConfig):
         False,
         description="report each token's final energy; costs two more evaluations a token where inference.samples is 1",
     )
+    drafts: int | None = Field(
+        None,
+        ge=1,
+        description="tokens drafted from the observed stream's guesses before one descent checks them all; the text is "
+        "the same; null: 8 where thinking.start=hidden, else 1",
+    )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KeyValueCache', 'candidate_positions', 'candidate_mask_and_angles', 'reserve_capacity', 'advance_to_next_slot',
-           'select_rows', 'detach_as_leaves', 'merge_samples', 'split_samples']
+           'shorten_rows', 'select_rows', 'detach_as_leaves', 'merge_samples', 'split_samples']
 
 # %% ../../nbs/models/02_kv_cache.ipynb #d5a2842d
 from dataclasses import dataclass, field, replace
@@ -161,6 +161,18 @@ def advance_to_next_slot(cache: KeyValueCache) -> None:
             "pass `observe` as much spare_capacity as tokens are to be appended"
         )
     cache.lengths, cache.spare_capacity, cache.memo = cache.lengths + 1, cache.spare_capacity - 1, {}
+
+# %% ../../nbs/models/02_kv_cache.ipynb #e4bcc256
+def shorten_rows(cache: KeyValueCache, lengths: Int[Tensor, "batch"]) -> None:
+    """Forget the tokens of each row after its first `lengths`, in place; their slots are free again.
+
+    Guesses are forgotten too: they belong to tokens that may be gone. Raises ValueError for a longer row than there is.
+    """
+    if cache.lengths is None or (lengths > cache.lengths).any() or lengths.min() < 1:
+        raise ValueError(f"rows of {cache.lengths} tokens cannot be shortened to {lengths}")
+    longest_before, cache.lengths = cache.lengths.max(), lengths.clone()
+    cache.spare_capacity += int(longest_before - lengths.max())
+    cache.pending_embeddings, cache.guesses, cache.memo = None, None, {}
 
 # %% ../../nbs/models/02_kv_cache.ipynb #f1928568
 def select_rows(
