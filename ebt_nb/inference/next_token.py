@@ -289,7 +289,7 @@ class NextTokenPredictor:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        "Inside, put the module in evaluation mode, without gradients for weights, and use packed weights if there are any."
+        "Inside, put the module in evaluation mode without gradients for weights, with packed weights if there are any."
         with freeze_for_inference(self.module, self.weights), use_packed_weights(self.packed_weights):
             yield
 
