@@ -25,7 +25,7 @@ from ebt_nb.cli.arguments import (
     settings_argument,
 )
 from .commands import argument, command, positive_int
-from ..config.overrides import parse_overrides, parse_value
+from ..config.overrides import parse_overrides
 from ..runs.addresses import find_checkpoint, find_checkpoints
 from ..runs.files import unique_folder_name
 
@@ -71,8 +71,8 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
         "generation.top_p": args.top_p,
         "generation.top_k": args.top_k,
     }
-    given = {key: parse_value(value) for key, value in options.items() if value is not None}
-    return parse_overrides(args.settings) | given
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    return parse_overrides([*args.settings, *given])
 
 # %% ../../nbs/cli/06_text.ipynb #f2813103
 def print_completions(prompts: Sequence[str], rows: Sequence["Completion"], seconds: float) -> None:
