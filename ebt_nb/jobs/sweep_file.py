@@ -225,7 +225,7 @@ def _convert_field(name: str, value: Any, key_type: Any) -> Any:
         return convert_yaml(value, list[float])
     if name == "distribution" or not isinstance(value, PlainScalar):
         return convert_yaml(value, str)
-    is_whole = type_without_none(key_type) is int or re.fullmatch(r"[+-]?\d+", value)
+    is_whole = type_without_none(key_type) is int and "." not in value
     return convert_text(str(value), int if is_whole else float)
 
 # %% ../../nbs/jobs/12_sweep_file.ipynb #eff0bd0d
