@@ -8,7 +8,6 @@ __all__ = ['PRECISIONS', 'BENCH_SHAPE', 'DEFAULT_BATCHES', 'BENCH_ARGUMENTS', 'p
 
 # %% ../../nbs/cli/08_bench.ipynb #60d4de53
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -16,6 +15,7 @@ from .arguments import json_argument
 from .commands import argument, command, positive_int
 from ..config.errors import ConfigError
 from ..config.models import SIZES, Conditioning
+from ..runs.files import format_json
 
 # %% ../../nbs/cli/08_bench.ipynb #89b3e712
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -106,7 +106,7 @@ def bench(args: argparse.Namespace) -> None:
             if not args.json:
                 print(format_result(result), flush=True)
     if args.json:
-        print(json.dumps(shape | {"results": results}))
+        print(format_json(shape | {"results": results}))
 
 
 def measure_batch(args: argparse.Namespace, shape: dict[str, Any]) -> Iterator[dict[str, Any]]:

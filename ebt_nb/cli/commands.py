@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from .. import __version__
 from ..config.errors import WorkbenchError
 from ..runs.preemption import STOP_SIGNALS, requeue_job
 
@@ -98,6 +99,7 @@ COMMAND_ORDER = (
 def build_parser() -> argparse.ArgumentParser:
     "Return the parser of all registered commands."
     top = argparse.ArgumentParser(prog="ebt", description="Train energy-based transformers and watch them think.")
+    top.add_argument("--version", action="version", version=f"ebt {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in sorted(COMMANDS, key=(*COMMAND_ORDER, *COMMANDS).index):
         entry = COMMANDS[name]
@@ -115,8 +117,14 @@ def positive_int(text: str) -> int:
 
 # %% ../../nbs/cli/00_commands.ipynb #a77aeb9b
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    "Parse the words of a command line. Exits with code 2, as argparse does, for words that no argument takes."
+    """Parse the words of a command line.
+
+    Exits with code 2, as argparse does, for words that no argument takes; without words it prints the help and exits.
+    """
     parser = build_parser()
+    if not argv:
+        parser.print_help()
+        parser.exit()
     has_script_words = argv[:1] == ["submit"] and "--" in argv
     end = argv.index("--") if has_script_words else len(argv)
     args, rest = parser.parse_known_args(argv[:end])

@@ -63,8 +63,7 @@ def merge_notebook_settings(
     defaults = load_site_defaults(args)
     if not defaults:
         return args.settings
-    parse_overrides(args.settings)  # refuses a setting without '='
-    given = {key.strip(): value for key, value in (item.split("=", 1) for item in args.settings)}
+    given = parse_overrides(args.settings)
     without_default = set(varied)
     if args.runs_dir:
         without_default.add("run.runs_dir")
@@ -72,7 +71,7 @@ def merge_notebook_settings(
         without_default |= {"model.layers", "model.width", "model.heads"}
     defaults = {key: value for key, value in defaults.items() if key not in without_default}
     config_keys = {name: value for name, value in given.items() if "." in name}
-    return given | merge_defaults(args.preset or parameters["preset"], config_keys, defaults)
+    return given | merge_defaults(args.preset or parameters["preset"].default, config_keys, defaults)
 
 # %% ../../nbs/cli/05_jobs.ipynb #25445f9b
 SUBMIT_ARGUMENTS = (

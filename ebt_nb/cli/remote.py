@@ -60,4 +60,7 @@ def lab(args: argparse.Namespace) -> None:
     package = os.path.dirname(os.path.abspath(ebt_nb.__file__))
     checkout = os.path.join(os.path.dirname(package), "nbs")
     folder = checkout if os.path.isdir(checkout) else os.path.join(package, "experiments")
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in args.rest:
+        note = "ebt lab: JupyterLab does not start as root unless it is told to: `ebt lab --allow-root` passes this on"
+        print(note, file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])

@@ -9,7 +9,7 @@ __all__ = ['DEFAULT_RULES', 'runs', 'check_number_of_addresses', 'check_clean_op
 
 # %% ../../nbs/cli/03_runs.ipynb #f55964a4
 import argparse
-import json
+import math
 import os
 from typing import Any
 
@@ -17,6 +17,7 @@ from .arguments import json_argument, runs_dir_argument
 from .commands import argument, command
 from ..config.errors import ConfigError
 from ..runs.addresses import find_run, find_runs, matching_runs
+from ..runs.files import format_json
 from ..runs.folders import Run, checkpoint_step
 from ..runs.status import may_be_running, read_status
 
@@ -94,7 +95,7 @@ def list_runs(args: argparse.Namespace) -> None:
     root = absolute_path(args.runs_dir)
     rows = [{"run": os.path.relpath(run.dir, root)} | summarise_run(run) for run in find_runs(args.runs_dir)]
     if args.json:
-        print(json.dumps(rows))
+        print(format_json(rows))
         return
     if not rows:
         print(f"no runs below {root}")
@@ -115,7 +116,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
     """
     status, metrics = read_status(run.dir), run.metrics
     is_killed = status["status"] == "running" and not may_be_running(status)
-    losses = [row["val/loss"] for row in metrics if "val/loss" in row]
+    losses = [row["val/loss"] for row in metrics if math.isfinite(row.get("val/loss", math.nan))]
     return {
         "status": "killed" if is_killed else status["status"],
         "step": metrics[-1]["step"] if metrics else None,
@@ -138,7 +139,7 @@ def absolute_path(path: str) -> str:
 def show_run(args: argparse.Namespace) -> None:
     "Describe one run."
     run = find_run(args.addresses[0], args.runs_dir)
-    print(json.dumps(run_values(run), default=str) if args.json else "\n".join(describe_run(run)))
+    print(format_json(run_values(run)) if args.json else "\n".join(describe_run(run)))
 
 
 def newest_metrics(run: Run) -> dict[str, float]:
@@ -199,7 +200,7 @@ def compare_runs(args: argparse.Namespace) -> None:
 
     selected = {run.dir: run for address in args.addresses for run in matching_runs(address, args.runs_dir)}
     comparison = collect_comparison(list(selected.values()), args.runs_dir)
-    print(json.dumps(comparison) if args.json else "\n".join(format_comparison(comparison)))
+    print(format_json(comparison) if args.json else "\n".join(format_comparison(comparison)))
 
 # %% ../../nbs/cli/03_runs.ipynb #7ce39f66
 DEFAULT_RULES = ("failed", "empty", "checkpoints")
@@ -218,7 +219,7 @@ def clean_runs(args: argparse.Namespace) -> None:
     found = find_leftovers(args.runs_dir, rules, args.keep, hours, args.addresses)
     removed = [args.yes and remove_leftover(leftover, args.runs_dir) for leftover in found]
     if args.json:
-        print(json.dumps([leftover_values(leftover, is_gone) for leftover, is_gone in zip(found, removed)]))
+        print(format_json([leftover_values(leftover, is_gone) for leftover, is_gone in zip(found, removed)]))
         return
     print_leftovers(found, removed, args)
     if "interrupted" not in rules:

@@ -9,7 +9,6 @@ __all__ = ['generate', 'generation_settings', 'print_completions', 'completion_v
 
 # %% ../../nbs/cli/06_text.ipynb #b6c1e6c9
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +24,9 @@ from ebt_nb.cli.arguments import (
     settings_argument,
 )
 from .commands import argument, command, positive_int
-from ..config.overrides import parse_overrides, parse_value
+from ..config.overrides import parse_overrides
 from ..runs.addresses import find_checkpoint, find_checkpoints
-from ..runs.files import unique_folder_name
+from ..runs.files import format_json, unique_folder_name
 
 if TYPE_CHECKING:
     from ebt_nb.inference.sampling import Completion
@@ -58,7 +57,7 @@ def generate(args: argparse.Namespace) -> None:
             print(token.text, end="", flush=True)
     if args.json:
         values = [completion_values(prompt, row) for prompt, row in zip(prompts, rows)]
-        print(json.dumps(values if len(values) > 1 else values[0], ensure_ascii=False))
+        print(format_json(values if len(values) > 1 else values[0]))
         return
     print_completions(prompts, rows, time.perf_counter() - start)
 
@@ -71,8 +70,8 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
         "generation.top_p": args.top_p,
         "generation.top_k": args.top_k,
     }
-    given = {key: parse_value(value) for key, value in options.items() if value is not None}
-    return parse_overrides(args.settings) | given
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    return parse_overrides([*args.settings, *given])
 
 # %% ../../nbs/cli/06_text.ipynb #f2813103
 def print_completions(prompts: Sequence[str], rows: Sequence["Completion"], seconds: float) -> None:
@@ -213,7 +212,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if args.visualize is not None:
             save_evaluation_figures(report, choose_figures_folder(args.visualize, checkpoint, has_several), args.json)
     if args.json:
-        print(json.dumps(results if has_several else results[0], ensure_ascii=False))
+        print(format_json(results if has_several else results[0]))
 
 # %% ../../nbs/cli/06_text.ipynb #2752cf96
 def choose_figures_folder(given: str, checkpoint: Path, has_several: bool) -> Path:

@@ -10,11 +10,10 @@ __all__ = ['prepare', 'find_resumable_run', 'check_train_arguments', 'parse_swee
 import argparse
 import ast
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ebt_nb.cli.arguments import (
     config_arguments,
@@ -26,7 +25,7 @@ from ebt_nb.cli.arguments import (
 from .commands import argument, command, positive_int
 from ..config.errors import ConfigError, WorkbenchError
 from ..config.kinds import SECTION_ORDER
-from ..config.overrides import override_config
+from ..config.overrides import format_value, override_config, takes_null
 from ..runs.addresses import find_run, split_address
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder
@@ -95,10 +94,19 @@ def parse_sweep_words(args: argparse.Namespace, rest: list[str]) -> list[str]:
         words, args.config = [args.config, *words], None
     for key, value in (word.split("=", 1) for word in words):
         if key in SECTION_ORDER and value.startswith("{"):
-            args.settings += [f"{key}.{name}={json.dumps(part)}" for name, part in ast.literal_eval(value).items()]
+            args.settings += [f"{key}.{name}={format_value(part)}" for name, part in _read_section(key, value).items()]
         else:
-            args.settings.append(f"{key}=null" if value == "None" else f"{key}={value}")
+            is_null = value == "None" and takes_null(key)
+            args.settings.append(f"{key}=null" if is_null else f"{key}={value}")
     return [word for word in rest if not is_setting(word)]
+
+
+def _read_section(name: str, text: str) -> dict[str, Any]:
+    "Return a section that is written as a Python mapping. Raises ConfigError when it is none."
+    try:
+        return dict(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ConfigError(f"{name}={text}: is no section; set its keys one by one, {name}.KEY=VALUE") from None
 
 
 def is_setting(word: str) -> bool:

@@ -25,15 +25,16 @@ def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def suggest(name: str, known_names: Iterable[str]) -> str:
+def suggest(name: str, known_names: Iterable[str], similarity: float = 0.5) -> str:
     """Return a hint such as ` (did you mean 'model.width'?)`, or an empty string if no known name is close.
 
-    Whole names are compared first, then the parts after the last dot.
+    Whole names are compared first, then the parts after the last dot. `similarity` is the least share of characters
+    that agree.
     """
     known_names = list(known_names)
     for shorten in (str, _last_part):
         candidates = {shorten(known): known for known in known_names}
-        close = difflib.get_close_matches(shorten(name), candidates, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(shorten(name), candidates, n=1, cutoff=similarity)
         if close:
             return f" (did you mean {candidates[close[0]]!r}?)"
     return ""

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     "Base of all sections: unknown keys are refused, and assignments are checked."
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 # %% ../../nbs/config/01_sections.ipynb #52af2259
 class RunSection(Section):
@@ -147,5 +149,5 @@ class TrackingConfig(Section):
 
     @field_validator("wandb", mode="before")
     @classmethod
-    def _read_yaml_off(cls, value):
-        return "off" if value is False else value  # YAML reads a bare `off` as false
+    def _read_false_as_off(cls, value):
+        return "off" if str(value).lower() == "false" else value  # Weights & Biases reads a bare `off` as false

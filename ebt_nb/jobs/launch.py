@@ -8,7 +8,6 @@ __all__ = ['TORCHRUN_COMMAND', 'RANK_COMMAND', 'build_launcher_command', 'overri
 
 # %% ../../nbs/jobs/04_launch.ipynb #99ba8984
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -83,7 +82,7 @@ def override_arguments(before: RunConfig, after: RunConfig) -> list[str]:
     for section in after.sections:
         for key, value in new[section].items():
             if value != old.get(section, {}).get(key):
-                arguments += ["-p", f"{section}.{key}={json.dumps(value)}"]
+                arguments += ["-p", f"{section}.{key}={format_value(value)}"]
     return arguments
 
 # %% ../../nbs/jobs/04_launch.ipynb #123a02c2

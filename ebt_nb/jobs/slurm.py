@@ -23,8 +23,9 @@ from typing import Any
 
 from ..config.errors import WorkbenchError, suggest
 from ..config.kinds import RunConfig
+from ..config.overrides import format_value
 from .job_arrays import format_task_case, format_task_table, parse_array
-from .job_drafts import JobDraft, draft_notebook_job, draft_script_job, format_setting_value
+from .job_drafts import JobDraft, draft_notebook_job, draft_script_job
 from .notebook_parameters import find_experiments_folder, find_notebook
 from ebt_nb.jobs.sbatch_options import (
     IGNORE_WARNING_COMMAND,
@@ -111,10 +112,7 @@ def prepare_submission(
     Raises WorkbenchError for anything that is wrong.
     """
     if isinstance(settings, dict):
-        settings = [
-            f"{name}={value if isinstance(value, str) else format_setting_value(value)}"
-            for name, value in settings.items()
-        ]
+        settings = [f"{name}={format_value(value)}" for name, value in settings.items()]
     header_options, header_commands = {}, ""
     if cluster != "none":
         header_options, header_commands = read_script(find_header(cluster))

@@ -12,7 +12,6 @@ __all__ = ['RANGE_FIELDS', 'NORMAL_FIELDS', 'BETA_FIELDS', 'DISTRIBUTIONS', 'QUA
 import itertools
 import json
 import math
-import re
 from bisect import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -227,7 +226,7 @@ def check_numbers(path: str, parameter: SweepParameter) -> None:
     for name in spec.keys() & {"min", "max", "mu", "sigma", "a", "b", "q"}:
         number = spec[name]
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise SweepError(f"{path}.{name}: {number!r} is not a number{_yaml_number_hint(number)}")
+            raise SweepError(f"{path}.{name}: {number!r} is not a number")
     if "min" in spec and not spec["min"] < spec["max"]:
         raise SweepError(f"{path}: min {spec['min']} is not below max {spec['max']}")
     if parameter.distribution == "int_uniform" and not all(isinstance(spec[end], int) for end in ("min", "max")):
@@ -237,13 +236,6 @@ def check_numbers(path: str, parameter: SweepParameter) -> None:
     for name in spec.keys() & {"sigma", "a", "b", "q"}:
         if spec[name] <= 0:
             raise SweepError(f"{path}.{name}: {spec[name]} must be above 0")
-
-
-def _yaml_number_hint(value: Any) -> str:
-    "YAML reads 1e-4 as text; say so."
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return f"; YAML reads {value} as text, write it as {float(value):.1e}"
-    return ""
 
 
 def check_values(path: str, spec: dict[str, Any]) -> None:
