@@ -283,6 +283,39 @@ def test_divergence_keeps_the_checkpoint_before(tmp_path, monkeypatch, kind, par
     assert run.status == "failed" and load_module(run.checkpoint()).micro_steps == 4
 
 
+class NaNInValidation(pl.Callback):
+    "Makes the loss of the second validation NaN, and counts what is trained."
+
+    updates = 0
+
+    def on_train_batch_end(self, *arguments):
+        self.updates += 1
+
+    def on_validation_start(self, trainer, module):
+        if trainer.global_step == 8:
+            measure = module.validation_metrics
+            module.validation_metrics = lambda batch: self.spoil(*measure(batch))
+
+    def spoil(self, metrics, count):
+        return {name: loss * torch.nan for name, loss in metrics.items()}, count
+
+
+def test_a_validation_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
+    "No update follows it, and neither a checkpoint nor a row of metrics is made of it."
+    callback = NaNInValidation()
+    monkeypatch.setitem(CALLBACKS, "nan_in_validation", lambda config: callback)
+    changes = {"trainer.callbacks": ["nan_in_validation"], "trainer.max_steps": 16, "trainer.log_every": 100}
+    run = Run.create(tiny_config(tmp_path, **changes))
+    with pytest.raises(DivergenceError, match="update 8: the validation loss is not finite"):
+        fit(run.config, run, progress="none")
+    assert callback.updates == 8
+    status = read_status(run.dir)
+    assert status["status"] == "failed" and status["step"] == 8 and "DivergenceError: update 8" in status["error"]
+    assert [row["step"] for row in run.metrics if "val/loss" in row] == [4]
+    assert {read_checkpoint(path)["global_step"] for path in run.checkpoints} == {4, 6}
+    assert read_checkpoint(run.checkpoint("best"))["global_step"] == 4
+
+
 TRAIN_AND_PRESS_CTRL_C = """
 import os, signal, sys
 import lightning.pytorch as pl

@@ -19,6 +19,7 @@ from ..config.errors import ConfigError
 from ..runs.addresses import find_run, find_runs, matching_runs
 from ..runs.files import format_json
 from ..runs.folders import Run, checkpoint_step
+from ..runs.metrics import validation_losses
 from ..runs.status import may_be_running, read_status
 
 # %% ../../nbs/cli/03_runs.ipynb #b9a06b23
@@ -116,11 +117,11 @@ def summarise_run(run: Run) -> dict[str, Any]:
     """
     status, metrics = read_status(run.dir), run.metrics
     is_killed = status["status"] == "running" and not may_be_running(status)
-    losses = [row["val/loss"] for row in metrics if math.isfinite(row.get("val/loss", math.nan))]
+    losses = validation_losses(metrics).values()
     return {
         "status": "killed" if is_killed else status["status"],
         "step": metrics[-1]["step"] if metrics else None,
-        "lowest_val_loss": min(losses) if losses else None,
+        "lowest_val_loss": min(losses, default=None),
         "started": status["started"],
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..config.kinds import config_fields
 from ..runs.files import RunError
 from ..runs.folders import Run
+from ..runs.metrics import validation_losses
 from ..runs.status import read_status
 
 # %% ../../nbs/jobs/16_comparison.ipynb #fa1a7078
@@ -29,9 +30,10 @@ def latest_metrics(run: Run) -> dict[str, float]:
     "Return the newest value of each metric, after the lowest validation loss and its step."
     rows = run.metrics
     metrics = {}
-    losses = [(row["val/loss"], row["step"]) for row in rows if "val/loss" in row]
+    losses = validation_losses(rows)
     if losses:
-        metrics["lowest val/loss"], metrics["at step"] = min(losses)
+        step = min(losses, key=losses.get)
+        metrics = {"lowest val/loss": losses[step], "at step": step}
     for row in rows:
         metrics |= {name: value for name, value in row.items() if name != "step"}
     return metrics

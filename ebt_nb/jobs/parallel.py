@@ -19,6 +19,7 @@ from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import differing_keys, override_config
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder
+from ..runs.metrics import validation_losses
 from ..runs.preemption import raise_on_stop_signals
 from ..runs.status import read_status
 
@@ -135,7 +136,7 @@ def _start_training(run: Run) -> subprocess.Popen:
 # %% ../../nbs/jobs/03_parallel.ipynb #875a09e9
 def describe_validation_loss(run: Run) -> str:
     "Return the last validation loss of a run in words."
-    losses = [row["val/loss"] for row in run.metrics if "val/loss" in row]
+    losses = list(validation_losses(run.metrics).values())
     return f"validation loss {losses[-1]:.4f}" if losses else "not validated"
 
 

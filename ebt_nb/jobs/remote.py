@@ -29,7 +29,7 @@ from ebt_nb.jobs.parcels import (
 from ..runs.addresses import find_checkpoints
 from ..runs.files import join_names
 from ..runs.folders import CHECKPOINT_SELECTOR, Run, checkpoint_step, is_run_folder
-from ..runs.metrics import read_metrics
+from ..runs.metrics import read_metrics, validation_losses
 
 # %% ../../nbs/jobs/19_remote.ipynb #821391b8
 def copy_to_folder(parcel: Path, name: str, target: Path) -> str:
@@ -150,7 +150,7 @@ def _build_artifact(parcel: Path, run: Run, step: int) -> Any:
     run_id = get_run_id(parcel)
     checksum = compute_sha256(next(parcel.glob("checkpoints/*.ckpt")))
     metadata = {"step": step, "run": f"{run.name}/{run_id}", "sha256": checksum}
-    losses = [row["val/loss"] for row in run.metrics if "val/loss" in row]
+    losses = list(validation_losses(run.metrics).values())
     if losses:
         metadata["val/loss"] = losses[-1]
     artifact = wandb.Artifact(f"checkpoint-{run_id}", type="model", metadata=metadata)
@@ -299,4 +299,4 @@ def fetch_parcels_from_host(source: str, folder: Path) -> list[Path]:
 
 def read_validation_losses(path: Path) -> dict[int, float]:
     "Return step -> validation loss from a metrics.csv."
-    return {row["step"]: row["val/loss"] for row in read_metrics(path) if "val/loss" in row}
+    return validation_losses(read_metrics(path))

@@ -248,6 +248,8 @@ def run_trial(agent: SweepAgent, trial: Any, values: dict[str, Any]) -> str | No
 
 def _unmeasured_metric_message(metric: str, run: Run) -> str:
     measured = sorted({name for row in run.metrics for name in row if name.startswith("val/")})
+    if metric in measured:
+        return f"{metric}: no validation measured a finite number; lower the trial's optim.peak_lr"
     return f"{metric}: no validation measured it; this run measures {', '.join(measured)}"
 
 # %% ../../nbs/jobs/14_sweep.ipynb #4c8c3375

@@ -18,7 +18,7 @@ from typing import Any
 from ..config.kinds import RunConfig
 from ..config.overrides import load_config
 from .files import RunError, create_folder, unique_folder_name
-from .metrics import read_metrics
+from .metrics import read_metrics, validation_losses
 from .status import Status, format_status, read_status, write_status
 
 # %% ../../nbs/runs/03_folders.ipynb #22ef167f
@@ -191,7 +191,7 @@ def _permanent_copy_of_best(folder: Path) -> Path:
 def _step_with_lowest_loss(folder: Path) -> Path | None:
     "The permanent checkpoint at the step with the lowest validation loss, if it exists."
     rows = read_metrics(folder.parent / "metrics.csv")
-    losses = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
+    losses = validation_losses(rows)
     if not losses:
         return None
     path = _path_of_step(folder, min(losses, key=losses.get))

@@ -144,8 +144,9 @@ class CheckpointSaver(pl.callbacks.Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Save after a validation, also as the best checkpoint if its loss is the lowest so far."
         loss = float(trainer.callback_metrics["val/loss"])
-        is_best = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss)
+        is_best = math.isfinite(loss) and loss < self.best_loss
+        if is_best:
+            self.best_loss = loss
         self.save_if_due(trainer, is_best)
 
     def save_if_due(self, trainer: pl.Trainer, is_best: bool = False) -> None:
@@ -169,8 +170,8 @@ class CheckpointSaver(pl.callbacks.Checkpoint):
         return dict(best=self.best_loss)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        "Continue from the lowest validation loss of a checkpoint."
-        self.best_loss = state["best"]
+        "Continue from the lowest validation loss of a checkpoint; one that is no number is as good as none."
+        self.best_loss = math.inf if math.isnan(state["best"]) else state["best"]
 
 # %% ../../nbs/training/09_checkpoint_saving.ipynb #b320f3bd
 def copy_without_replay(checkpoint_path: Path, copy_path: Path) -> None:
