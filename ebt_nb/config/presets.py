@@ -155,7 +155,7 @@ def guess_recipe(size: str) -> dict[str, dict[str, Any]]:
         model=dict(conditioning="step_embed", energy="reconstruction", first_step_std=0.3),
         thinking=dict(steps=2, rule="embedding", start="hidden", start_std=0.0, detach=False, step_size=step_size),
         inference=dict(extra_step_factor=0.5),
-        objective=dict(steps="last", start_weight=1.0, start_every=4, loss_prediction=0.1),
+        objective=dict(steps="last", start_weight=1.0, loss_prediction=0.1),
         optim=dict(step_size_lr_multiplier=step_size),
     )
 
