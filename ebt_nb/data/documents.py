@@ -136,7 +136,7 @@ def find_text_source(data: LanguageDataConfig) -> Source:
             f"named sets: {', '.join(KNOWN_SOURCE_NAMES)}{suggest(data.source, KNOWN_SOURCE_NAMES)}"
         )
     misspelt = suggest(data.source, KNOWN_SOURCE_NAMES, similarity=0.75)
-    if misspelt and "/" not in data.source and isinstance(data, TextDataConfig):  # told at once, before the network is tried
+    if misspelt and "/" not in data.source and isinstance(data, TextDataConfig):
         raise DataError(
             f"data.source: {data.source!r} is no named set{misspelt}; there are {', '.join(KNOWN_SOURCE_NAMES)}. "
             "A data set of the hub with such a name is written owner/name"
