@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADDRESS_HELP', 'INFERENCE_KEYS_HELP', 'checkpoint_argument', 'settings_argument', 'preset_argument',
-           'defaults_argument', 'json_argument', 'default_runs_dir', 'runs_dir_argument', 'new_run_dir_argument',
-           'run_of_checkpoint', 'config_arguments', 'load_given_config', 'load_site_defaults']
+           'defaults_argument', 'json_argument', 'runs_dir_argument', 'new_run_dir_argument', 'run_of_checkpoint',
+           'config_arguments', 'load_given_config', 'load_site_defaults']
 
 # %% ../../nbs/cli/01_arguments.ipynb #ee55676c
 import argparse
@@ -18,6 +18,7 @@ from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
 from ebt_nb.config.overrides import (
     build_config,
+    default_runs_dir,
     find_defaults,
     load_config,
     load_defaults,
@@ -66,12 +67,6 @@ def defaults_argument(prefix: str = "") -> Argument:
 def json_argument(description: str = "metrics as JSON") -> Argument:
     "Declare `--json`."
     return argument("--json", action="store_true", help=f"print {description}")
-
-
-def default_runs_dir() -> str:
-    "Return the folder of runs: `run.runs_dir` of the site's defaults, else `runs`."
-    path = find_defaults()
-    return load_defaults(path).get("run.runs_dir", "runs") if path else "runs"
 
 
 def runs_dir_argument() -> Argument:

@@ -13,6 +13,7 @@ import sys
 from .arguments import ADDRESS_HELP, runs_dir_argument
 from .commands import argument, command
 from ..config.errors import ConfigError
+from ..config.overrides import default_runs_dir
 
 # %% ../../nbs/cli/09_remote.ipynb #21a2dfd2
 @command(
@@ -54,8 +55,9 @@ def keep_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
 
 @command("open JupyterLab on the notebooks; further options are handed on to it", parse_rest=keep_rest)
 def lab(args: argparse.Namespace) -> None:
-    "Become a JupyterLab server in the folder of the notebooks."
+    "Become a JupyterLab server in the folder of the notebooks; their runs go where `ebt runs` looks from here."
     import ebt_nb
+    from ebt_nb.jobs.notebook_parameters import RUNS_DIR_VARIABLE
 
     package = os.path.dirname(os.path.abspath(ebt_nb.__file__))
     checkout = os.path.join(os.path.dirname(package), "nbs")
@@ -63,4 +65,5 @@ def lab(args: argparse.Namespace) -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in args.rest:
         note = "ebt lab: JupyterLab does not start as root unless it is told to: `ebt lab --allow-root` passes this on"
         print(note, file=sys.stderr, flush=True)
+    os.environ[RUNS_DIR_VARIABLE] = os.path.abspath(os.path.expanduser(default_runs_dir()))
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from ebt_nb.cli.arguments import (
     config_arguments,
-    default_runs_dir,
     load_given_config,
     runs_dir_argument,
     settings_argument,
@@ -25,7 +24,7 @@ from ebt_nb.cli.arguments import (
 from .commands import argument, command, positive_int
 from ..config.errors import ConfigError, WorkbenchError
 from ..config.kinds import SECTION_ORDER
-from ..config.overrides import format_value, override_config, takes_null
+from ..config.overrides import default_runs_dir, format_value, override_config, takes_null
 from ..runs.addresses import find_run, split_address
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder

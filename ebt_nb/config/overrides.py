@@ -6,7 +6,7 @@
 __all__ = ['TRUTH_WORDS', 'SHAPE_KEYS', 'DEFAULTS_FILE', 'PlainScalar', 'PlainLoader', 'load_yaml', 'convert_text',
            'type_without_none', 'convert_yaml', 'parse_value', 'format_value', 'parse_overrides', 'field_type',
            'takes_null', 'override_config', 'build_config', 'differing_keys', 'find_defaults', 'read_yaml_sections',
-           'read_yaml_file', 'load_defaults', 'merge_defaults', 'load_config']
+           'read_yaml_file', 'load_defaults', 'default_runs_dir', 'merge_defaults', 'load_config']
 
 # %% ../../nbs/config/07_overrides.ipynb #caa75e5e
 import inspect
@@ -325,6 +325,12 @@ def load_defaults(path: Path | str) -> dict[str, Any]:
         for name, value in values.items():
             defaults[f"{section}.{name}"] = _read_default(path, f"{section}.{name}", value)
     return defaults | {"run.defaults": str(path)}
+
+# %% ../../nbs/config/07_overrides.ipynb #e745d364
+def default_runs_dir() -> str:
+    "Return the folder of runs: `run.runs_dir` of the site's defaults, else `runs`."
+    path = find_defaults()
+    return load_defaults(path).get("run.runs_dir", "runs") if path else "runs"
 
 # %% ../../nbs/config/07_overrides.ipynb #bce4810a
 def merge_defaults(name: str | None, overrides: list[str] | dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
