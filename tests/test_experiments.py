@@ -57,6 +57,7 @@ RECIPES = {
     "rows": 2,
     "samples": 2,
 }
+SCALING = {"sizes": {"4xs": [1]}, "updates": [2, 4], "only_recipes": ["Transformer++", "text/ebt"]}
 BENCHMARK = {
     "threads": 1,
     "repeats": 1,
@@ -86,6 +87,7 @@ EXPERIMENTS = {
         2,
     ),
     "think": ("text/thinking", TEXT | THINK, r"relative to a random choice", 4),
+    "scaling": ("text/quickstart", TEXT | SCALING, r"text/ebt\*\* ends .* relative to Transformer\+\+", 2),
     "recipes": ("text/quickstart_s1", TEXT | RECIPES, r"The best recipe is", 1),
     "denoise": (
         "image/quickstart",

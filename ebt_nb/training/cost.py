@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rule', 'Kind', 'Precision', 'FLOP_FORMULAS', 'BenchmarkShape', 'build_benchmark_module', 'random_batch',
-           'forward_and_backward', 'count_flops', 'minimum_flops', 'measure_seconds', 'measure_matmul_rate',
-           'compare_training_steps', 'measure_step_memory']
+           'forward_and_backward', 'count_flops', 'training_flops_per_token', 'minimum_flops', 'measure_seconds',
+           'measure_matmul_rate', 'compare_training_steps', 'measure_step_memory']
 
 # %% ../../nbs/training/12_cost.ipynb #87458d41
 import statistics
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..compute.matmul import fast_matmul
 from ..compute.memory import keep_freed_memory, measure_peak_growth
+from ..config.kinds import RunConfig
 from ..config.models import Conditioning
 from ..config.overrides import build_config, override_config
 from ..config.presets import guess_recipe
@@ -127,6 +128,15 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 # %% ../../nbs/training/12_cost.ipynb #99082f7c
+def training_flops_per_token(config: RunConfig) -> float:
+    "Return the floating-point operations per token of a training step on text, counted on one row."
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.model.vocab_size, (1, config.data.context + 1), generator=generator)
+    batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(1))
+    module = build_module(config)
+    return count_flops(lambda: forward_and_backward(module, batch)) / config.data.context
+
+
 def minimum_flops(shape: BenchmarkShape, kind: Kind = "ebt") -> float:
     """Return the fewest operations per token that a training step needs, with one context for all steps.
 
