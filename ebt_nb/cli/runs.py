@@ -9,7 +9,6 @@ __all__ = ['DEFAULT_RULES', 'runs', 'check_number_of_addresses', 'check_clean_op
 
 # %% ../../nbs/cli/03_runs.ipynb #f55964a4
 import argparse
-import math
 import os
 from typing import Any
 
