@@ -43,7 +43,15 @@ from ebt_nb.training.run_folder import (
     record_outcome,
 )
 from .trackers import build_trackers, check_tracker_packages, code_version
-from .trainer import build_strategy, build_trainer, check_processes, use_threads
+from ebt_nb.training.trainer import (
+    build_strategy,
+    build_trainer,
+    check_processes,
+    describe_slow_precision,
+    describe_unusual_amounts,
+    describe_unusual_lengths,
+    use_threads,
+)
 
 # %% ../../nbs/training/16_fit.ipynb #e803a859
 def prepare_training(
@@ -86,8 +94,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     )
 
 
-def describe_training(config: RunConfig, module: TrainingModule, device: str = "cpu") -> list[str]:
-    """Return lines that say what is trained, on a kind of device.
+def describe_training(
+    config: RunConfig, module: TrainingModule, device: str = "cpu", num_rows: dict[str, int] | None = None
+) -> list[str]:
+    """Return lines that say what is trained, on a kind of device and on this number of rows of each split.
 
     Raises ConfigError when steps are to be compiled and a compiler is missing.
     """
@@ -107,7 +117,9 @@ def describe_training(config: RunConfig, module: TrainingModule, device: str = "
             "training steps are compiled, which takes minutes at the first update, "
             "and at the first with any other number of thinking steps"
         )
-    return lines
+    lines += describe_slow_precision(config.trainer.precision, device)
+    lines += [*describe_unusual_lengths(config), *describe_unusual_amounts(config, num_rows or {})]
+    return [*lines, *module.inference_notes()]
 
 
 def _describe_update(config: RunConfig, module: TrainingModule) -> str:
@@ -165,7 +177,8 @@ def run_training(
         console.show = None if progress == "none" else print
         stop.notify = console.log_line
         console.log_line(f"run {run.dir}")
-        description = describe_training(config, module, trainer.strategy.root_device.type)
+        num_rows = {split: len(rows) for split, rows in data.splits.items()}
+        description = describe_training(config, module, trainer.strategy.root_device.type, num_rows)
         for line in [*description, *memory_and_disk, f"resumed at step {step}" if checkpoint else "new run"]:
             console.log_line(line)
     with stop, record_outcome(run, trainer, console, stop):
