@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -234,6 +235,16 @@ def test_a_checkpoints_folder_that_cannot_be_written_is_refused(run, monkeypatch
     monkeypatch.setattr("ebt_nb.training.run_folder.tempfile.TemporaryFile", deny)
     with expect_refusal(RunError, run.dir, "checkpoints: cannot be written (Permission denied)", "run.runs_dir"):
         resume(run)
+
+
+@pytest.mark.parametrize("error, status", [(OSError(5, "Input/output error"), "failed"), (SystemExit(), "interrupted")])
+def test_an_error_before_the_first_update_ends_the_status(tmp_path, monkeypatch, error, status):
+    "The folder exists by then, and must not look like a run that trains."
+    monkeypatch.setattr("ebt_nb.training.fit.prepare_run_folder", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        fit(tiny_config(tmp_path), progress="none")
+    [path] = (tmp_path / "runs").rglob("status.json")
+    assert read_status(path.parent)["status"] == status and type(error).__name__ in read_status(path.parent)["error"]
 
 
 class FullDisk(pl.Callback):

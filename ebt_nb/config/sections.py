@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 # %% ../../nbs/config/01_sections.ipynb #2992297c
 class Section(BaseModel):
-    "Base of all sections: unknown keys and numbers that are not finite are refused, and assignments are checked."
+    "Base of all sections: unknown keys are refused, and assignments are checked."
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
 # %% ../../nbs/config/01_sections.ipynb #52af2259
 class RunSection(Section):

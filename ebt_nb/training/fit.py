@@ -36,6 +36,7 @@ from .callbacks import Console, MetricsRecorder, ProgressReporter, build_named_c
 from .checkpoint_saving import CheckpointSaver, StopSignals
 from .estimate import check_cache_space, check_memory_and_disk, format_bytes
 from ebt_nb.training.run_folder import (
+    close_status,
     create_shared_run,
     find_start_checkpoint,
     lock_run_folder,
@@ -230,6 +231,7 @@ def fit(
         if run is None:
             run = create_shared_run(config, trainer)
             if trainer.is_global_zero:
+                stack.enter_context(close_status(run))
                 stack.enter_context(lock_run_folder(run.dir))
         all_callbacks = [*callbacks, *named_callbacks]
         run_training(run, config, module, data, all_callbacks, checkpoint, step, progress, memory_and_disk)
