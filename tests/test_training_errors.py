@@ -200,6 +200,10 @@ def test_a_trained_run_is_not_overwritten(run):
         ),
         ({"trainer.devices": 4}, ["trainer.devices", "4 processes", "torchrun"]),
         ({"trainer.accelerator": "abacus"}, ["trainer.accelerator=abacus"]),
+        (
+            {"trainer.accelerator": "cpu", "trainer.precision": "16-mixed"},
+            ["trainer.precision: 16-mixed", "trainer.precision=32-true"],
+        ),
         pytest.param(
             {"trainer.accelerator": "gpu"},
             ["trainer.accelerator=gpu"],
@@ -211,6 +215,29 @@ def test_an_impossible_run_makes_no_folder(tmp_path, changes, parts):
     (tmp_path / "here").mkdir()
     with expect_refusal(ConfigError, tmp_path / "here", *parts):
         fit(tiny_config(tmp_path / "here", **changes), progress="none")
+
+
+@pytest.mark.parametrize(
+    "variables, parts",
+    [
+        ({"WANDB_PROJECT": "team/project"}, ["WANDB_PROJECT", "holds /"]),
+        ({"WANDB_MODE": "sometimes"}, ["WANDB_MODE", "'sometimes'", "offline"]),
+        ({"WANDB_BASE_URL": "nowhere"}, ["WANDB_BASE_URL", "valid URL"]),
+    ],
+)
+def test_an_impossible_environment_makes_no_folder(tmp_path, monkeypatch, variables, parts):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "here").mkdir()
+    with expect_refusal(WorkbenchError, tmp_path / "here", *parts):
+        fit(tiny_config(tmp_path / "here", **{"tracking.wandb": "offline"}), progress="none")
+
+
+def test_wandb_is_off_where_the_environment_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = fit(tiny_config(tmp_path, **{"tracking.wandb": "online"}), progress="none")
+    assert run.status == "done" and not (run.dir / "wandb").exists()
+    assert "tracking.wandb: online is off here" in (run.dir / "console.log").read_text()
 
 
 def test_a_missing_corpus_makes_no_folder(tmp_path):

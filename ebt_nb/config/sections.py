@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Section', 'RunSection', 'OptimConfig', 'EnergyOptimConfig', 'TrainerConfig', 'LanguageTrainerConfig',
-           'EnergyLanguageTrainerConfig', 'TrackingConfig']
+           'EnergyLanguageTrainerConfig', 'find_project_problem', 'TrackingConfig']
 
 # %% ../../nbs/config/01_sections.ipynb #221cea99
 from pathlib import Path
@@ -134,14 +134,31 @@ class EnergyLanguageTrainerConfig(LanguageTrainerConfig):
         "null: chosen by size (all of them on a GPU)",
     )
 
+# %% ../../nbs/config/01_sections.ipynb #a63188ac
+def find_project_problem(name: str) -> str | None:
+    "Return why Weights & Biases does not take a name for a project; None if it does."
+    refused = [character for character in "/\\#?%:" if character in name]
+    if not name.strip():
+        return "an empty name is none for a project; leave it out for the default"
+    if len(name) > 128:
+        return f"a name of {len(name)} characters is too long for a Weights & Biases project; 128 are allowed"
+    if refused or not name.isprintable():
+        found = " ".join(refused) or "control characters"
+        return f"{name!r} holds {found}, which Weights & Biases refuses in a project"
+    return None
+
 # %% ../../nbs/config/01_sections.ipynb #74b13ee9
 class TrackingConfig(Section):
     "Where metrics go besides the run folder's metrics.csv."
 
     wandb: Literal["off", "offline", "online", "auto"] = Field(
-        "off", description="Weights & Biases; 'auto' is online when logged in, else offline"
+        "off",
+        description="Weights & Biases; 'auto' is online when logged in and the server answers, else offline; "
+        "WANDB_MODE and WANDB_DISABLED in the environment may hold it back further",
     )
-    project: str = Field("ebt-workbench", description="Weights & Biases project")
+    project: str | None = Field(
+        None, description="Weights & Biases project; null: the environment's WANDB_PROJECT, or ebt-workbench"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
     watch_gradients: bool = Field(False, description="log gradient histograms to Weights & Biases")
 
@@ -149,3 +166,9 @@ class TrackingConfig(Section):
     @classmethod
     def _read_yaml_off(cls, value):
         return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _check_project(self):
+        if self.project is not None and (problem := find_project_problem(self.project)):
+            raise ValueError(f"project: {problem}")
+        return self

@@ -82,6 +82,7 @@ def may_be_running(status: dict[str, Any]) -> bool:
         return True  # it exists, and belongs to another user
     return True
 
+
 def observed_status(status: dict[str, Any]) -> str:
     "Return the word of a status, or 'killed' where it says running and its process is gone."
     is_killed = status["status"] == "running" and not may_be_running(status)

@@ -43,7 +43,7 @@ from ebt_nb.training.run_folder import (
     prepare_run_folder,
     record_outcome,
 )
-from .trackers import build_trackers, check_tracker_packages, code_version
+from .trackers import build_trackers, check_trackers, code_version
 from ebt_nb.training.trainer import (
     build_strategy,
     build_trainer,
@@ -63,7 +63,7 @@ def prepare_training(
     With `single_process` the trainer has one process and the devices of the configuration are only checked: for a
     program that starts the ranks. Raises a WorkbenchError for everything that cannot be built.
     """
-    check_tracker_packages(config)
+    check_trackers(config)
     callbacks = build_named_callbacks(config)
     build_strategy(config)
     trainer_config = config
@@ -186,7 +186,7 @@ def run_training(
         if trainer.is_global_zero:
             summary = str(ModelSummary(module, max_depth=2))
             facts = dict(count_parameters(module.model), code=code_version(), model_summary=summary)
-            recorder.trackers = build_trackers(config, run.dir, facts)
+            recorder.trackers = build_trackers(config, run.dir, facts, console.log_line)
         failed = True
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
