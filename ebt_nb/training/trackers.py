@@ -91,7 +91,7 @@ class WandbTracker:
             project=resolve_wandb_project(config.tracking.project),
             name=os.environ.get("WANDB_NAME") or config.run.name,
             id=folder.name,
-            dir=os.environ.get("WANDB_DIR") or folder,
+            dir=folder,
             resume="allow",
             config=config.model_dump(mode="json") | facts,
         )
@@ -121,14 +121,13 @@ class WandbTracker:
         else:
             problem = find_login_problem(self.wandb, ask_server=True)
         if problem is None:
-            files = Path(options["dir"]) / "wandb"
-            earlier = set(files.glob("run-*"))
+            earlier = set(self.folder.glob("wandb/run-*"))
             try:
                 return self.init(options, "online", init_timeout=INIT_TIMEOUT)
             except self.wandb.Error as error:
                 problem = _first_line(error)
                 self.wandb.teardown()  # the library would go on trying, and refuse the id of this run
-                for folder in set(files.glob("run-*")) - earlier:
+                for folder in set(self.folder.glob("wandb/run-*")) - earlier:
                     shutil.rmtree(folder)
         _refusing_servers.add(server)
         self.log_line(f"tracking.wandb: auto is offline for this run ({problem}); `wandb sync` can send it later")
