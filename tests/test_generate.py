@@ -62,7 +62,8 @@ def test_json_has_tokens_energies_and_steps(ebt):
     settings = ["--tokens", 30, "-p", "inference.samples=2", "-p", "inference.steps=3", "--json"]
     code, out, err = ebt("generate", "ebt:best", "--prompt", "It was", "--prompt", "She had", *settings)
     first, second = json.loads(out)
-    assert (code, err) == (0, "") and (first["prompt"], second["prompt"]) == ("It was", "She had")
+    assert code == 0 and err == "inference.steps: 3 thinking steps, and training takes at most 2; more may be worse\n"
+    assert (first["prompt"], second["prompt"]) == ("It was", "She had")
     assert first["finish_reason"] == "length"
     for completion in (first, second):
         for name in ("tokens", "log_probabilities", "energies", "steps"):
@@ -110,6 +111,10 @@ def test_speed_and_steps_are_printed_after_the_text(ebt):
         (
             ["ebt:best", "--prompt", "It was a truth " * 20],
             r"generation.prompt: \d+ tokens are more than the model's context of 24",
+        ),
+        (
+            ["ebt:best", "-p", 'generation.stop=["\\n\\n", ""]'],
+            "generation.stop: .*leave it out",
         ),
         (
             ["ebt:best", "-p", "generation.stop_tokens=[9999]"],

@@ -26,7 +26,7 @@ from ..runs.status import read_status
 from ..training.callbacks import quiet_lightning
 from ..training.estimate import check_memory_and_disk
 from ..training.fit import fit, prepare_training
-from ..training.run_folder import find_start_checkpoint
+from ..training.run_folder import close_status, find_start_checkpoint
 from ..training.trainer import detect_launcher
 
 # %% ../../nbs/jobs/04_launch.ipynb #f9de8d15
@@ -128,7 +128,8 @@ def launch(
     find_start_checkpoint(config, run, resume, data)
     check_memory_and_disk(config, trainer.strategy.root_device.type, run and run.dir)
     run = run or Run.create(config)
-    process = _start_ranks(command, run, config, resume)
+    with close_status(run):
+        process = _start_ranks(command, run, config, resume)
     stop_signal = signal.SIGUSR1 if command[0] == "srun" else signal.SIGTERM
     with forward_signals(process, stop_signal) as received, process.stdout:
         for line in process.stdout:
