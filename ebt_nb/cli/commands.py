@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'COMMAND_ORDER', 'Argument', 'argument', 'Command', 'command', 'build_parser', 'positive_int',
-           'parse_arguments', 'requeue_after_signal', 'run_command', 'capture_command']
+           'parse_arguments', 'requeue_after_signal', 'describe_impossible_path', 'run_command', 'capture_command']
 
 # %% ../../nbs/cli/00_commands.ipynb #d936aa77
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -146,6 +147,15 @@ def requeue_after_signal(error: KeyboardInterrupt) -> None:
         print(f"ebt: {message}", file=sys.stderr)
 
 
+def describe_impossible_path(error: Exception) -> str | None:
+    "Return what is wrong with a typed path that no system call accepts; None for another error."
+    if str(error) == "Could not determine home directory.":  # pathlib's
+        return "a path with ~: no user of that name, or this one has no home folder; write the path in full"
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}...: too long for the name of a file or folder; write a shorter one"
+    return None
+
+
 def run_command(argv: Sequence[str]) -> int:
     "Run a command from its words; return the exit code. Errors of the workbench are printed, not raised."
     args = parse_arguments(list(argv))
@@ -166,6 +176,12 @@ def run_command(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OSError, RuntimeError) as error:
+        problem = describe_impossible_path(error)
+        if problem is None:
+            raise
+        print(f"ebt: {problem}", file=sys.stderr)
+        return 2
     return 0
 
 # %% ../../nbs/cli/00_commands.ipynb #9d4fc683

@@ -7,6 +7,7 @@ __all__ = ['COMMAND_MODULES', 'main']
 
 # %% ../../nbs/cli/10_main.ipynb #35bf843f
 import gc
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,4 +28,5 @@ COMMAND_MODULES = (jobs, training, text, images, bench, presets, runs, remote)
 def main(argv: Sequence[str] | None = None) -> int:
     "Run a command of `ebt`, by default the one that was typed; return the exit code."
     gc.set_threshold(10_000)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, and by processes started here
     return run_command(sys.argv[1:] if argv is None else argv)

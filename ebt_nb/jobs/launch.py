@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
+from ..config.overrides import format_value
 from .parallel import read_failure_reason
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder

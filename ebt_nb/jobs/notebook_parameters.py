@@ -13,6 +13,7 @@ import ast
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -204,7 +205,7 @@ RESERVED_PARAMETERS = {
 
 
 def split_settings(
-    settings: list[str] | dict[str, Any], declared: dict[str, Parameter], notebook: str
+    settings: Sequence[str] | dict[str, Any], declared: dict[str, Parameter], notebook: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split settings into values of the notebook's own parameters and configuration overrides.
 
@@ -278,7 +279,7 @@ class NotebookJob:
 def plan_job(
     notebook: str | Path,
     preset: str | None = None,
-    settings: list[str] | dict[str, Any] = (),
+    settings: Sequence[str] | dict[str, Any] = (),
     runs_dir: Path | str | None = None,
     folder: Path | str | None = None,
 ) -> NotebookJob:
