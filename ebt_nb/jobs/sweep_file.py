@@ -23,21 +23,23 @@ from typing import Any
 from ..config.errors import ConfigError, WorkbenchError, suggest
 from ..config.kinds import RunConfig, config_fields
 from ebt_nb.config.overrides import (
-    PlainScalar,
     build_config,
-    convert_text,
     convert_yaml,
-    field_type,
     format_value,
     load_config,
     override_config,
     parse_overrides,
     read_yaml_file,
-    type_without_none,
 )
 from .hyperband import Hyperband, parse_hyperband
 from .sweep_command import ARGUMENTS_MACRO, parse_command
-from .sweep_parameters import SweepError, SweepParameter, check_keys, parse_parameter
+from ebt_nb.jobs.sweep_parameters import (
+    SweepError,
+    SweepParameter,
+    check_keys,
+    convert_parameters,
+    parse_parameter,
+)
 
 # %% ../../nbs/jobs/12_sweep_file.ipynb #37a635df
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def convert_spec(spec: Any) -> Any:
     converted = {}
     for name, part in spec.items():
         if name == "parameters" and isinstance(part, dict):
-            part = _convert_parameters(part)
+            part = convert_parameters(part)
         elif name == "command" and isinstance(part, list):
             part = [str(word) if isinstance(word, str) else word for word in part]
         elif isinstance(part, dict):
@@ -198,35 +200,6 @@ def convert_spec(spec: Any) -> Any:
             part = convert_yaml(part, FIELD_TYPES.get(name, str))
         converted[str(name)] = part
     return converted
-
-
-def _convert_parameters(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    converted = {}
-    for name, spec in parameters.items():
-        if not isinstance(spec, dict):
-            spec = convert_yaml(spec, str)
-        elif isinstance(spec.get("parameters"), dict):
-            spec = {str(key): part for key, part in spec.items()}
-            spec["parameters"] = _convert_parameters(spec["parameters"], f"{prefix}{name}.")
-        else:
-            key_type = field_type(f"{prefix}{name}")
-            spec = {str(key): _convert_field(key, part, key_type) for key, part in spec.items()}
-        converted[str(name)] = spec
-    return converted
-
-
-def _convert_field(name: str, value: Any, key_type: Any) -> Any:
-    "Return the field of a distribution, whose values have the type of the key that is searched."
-    if name == "value":
-        return convert_yaml(value, key_type)
-    if name == "values":
-        return convert_yaml(value, list[key_type])
-    if name == "probabilities":
-        return convert_yaml(value, list[float])
-    if name == "distribution" or not isinstance(value, PlainScalar):
-        return convert_yaml(value, str)
-    is_whole = type_without_none(key_type) is int and "." not in value
-    return convert_text(str(value), int if is_whole else float)
 
 # %% ../../nbs/jobs/12_sweep_file.ipynb #eff0bd0d
 def parse_sweep(path: Path, spec: Any, extra_settings: dict[str, Any]) -> Sweep:

@@ -6,7 +6,7 @@
 __all__ = ['RANGE_FIELDS', 'NORMAL_FIELDS', 'BETA_FIELDS', 'DISTRIBUTIONS', 'QUANTILE_FUNCTIONS', 'PLAIN_DISTRIBUTIONS',
            'SweepError', 'check_keys', 'interpolate', 'log_interpolate', 'normal_quantile', 'beta_quantile',
            'categorical_quantile', 'weighted_quantile', 'SweepParameter', 'import_optuna', 'parse_parameter',
-           'infer_distribution', 'check_numbers', 'check_values', 'check_plain_values']
+           'infer_distribution', 'check_numbers', 'check_values', 'check_plain_values', 'convert_parameters']
 
 # %% ../../nbs/jobs/09_sweep_parameters.ipynb #e49dfb94
 import itertools
@@ -19,6 +19,7 @@ from statistics import NormalDist
 from typing import Any
 
 from ..config.errors import WorkbenchError, suggest
+from ..config.overrides import PlainScalar, convert_text, convert_yaml, field_type, type_without_none
 from ..training.trackers import import_optional
 
 # %% ../../nbs/jobs/09_sweep_parameters.ipynb #98a7eb8f
@@ -273,3 +274,36 @@ def check_plain_values(path: str, values: list) -> None:
     for index, code in enumerate(codes):
         if code in codes[:index]:
             raise SweepError(f"{path}: {values[index]!r} is listed twice")
+
+# %% ../../nbs/jobs/09_sweep_parameters.ipynb #18c0b69c
+def convert_parameters(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the parameters of a sweep file with every PlainScalar converted to the type that stands at its place.
+
+    The types are those of the keys that are searched; `prefix` is the key above the parameters, with a dot.
+    """
+    converted = {}
+    for name, spec in parameters.items():
+        if not isinstance(spec, dict):
+            spec = convert_yaml(spec, str)
+        elif isinstance(spec.get("parameters"), dict):
+            spec = {str(key): part for key, part in spec.items()}
+            spec["parameters"] = convert_parameters(spec["parameters"], f"{prefix}{name}.")
+        else:
+            key_type = field_type(f"{prefix}{name}")
+            spec = {str(key): _convert_field(key, part, key_type) for key, part in spec.items()}
+        converted[str(name)] = spec
+    return converted
+
+
+def _convert_field(name: str, value: Any, key_type: Any) -> Any:
+    "Return the field of a distribution, whose values have the type of the key that is searched."
+    if name == "value":
+        return convert_yaml(value, key_type)
+    if name == "values":
+        return convert_yaml(value, list[key_type])
+    if name == "probabilities":
+        return convert_yaml(value, list[float])
+    if name == "distribution" or not isinstance(value, PlainScalar):
+        return convert_yaml(value, str)
+    is_whole = type_without_none(key_type) is int and "." not in value
+    return convert_text(str(value), int if is_whole else float)
