@@ -162,7 +162,7 @@ def read_sweep(path: Path | str, settings: list[str] | dict[str, Any] | None = N
     Raises SweepError or ConfigError for a file that cannot be read, for keys that are unknown or not supported, and
     for impossible values.
     """
-    path, spec = Path(path), read_yaml_file(path)
+    path, spec = Path(path), read_yaml_file(path, "sweep")
     try:
         return parse_sweep(path, convert_spec(spec), parse_overrides(settings or []))
     except RecursionError:
