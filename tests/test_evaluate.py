@@ -205,6 +205,15 @@ def test_images_are_restored_with_the_configured_recursion(evaluate):
         (["other_tokenizer.ckpt", "--data", "austen"], ".*trained with tokenizer 'austen_2k' .*not with"),
         (["image.ckpt", "--data", "austen"], ".*image.ckpt: its configuration is not valid here"),
         (["ebt.ckpt", "--data", "missing.jsonl"], ".*missing.jsonl: .*no such file"),
+        (["ebt.ckpt", "--data", "arithmatic"], "data.source: 'arithmatic' is no named set .did you mean 'arithmetic'"),
+        (
+            ["ebt.ckpt", "--data", "arithmatic", "--kind", "questions"],
+            "data.source: 'arithmatic' is no question set .did you mean 'arithmetic'",
+        ),
+        (
+            ["dit.ckpt", "--data", "fashion_mnst"],
+            "data.source: 'fashion_mnst' is neither .* .did you mean 'fashion_mnist'",
+        ),
         (
             ["ebt.ckpt", "--data", "austen", "--split", "dev"],
             "split: 'austen' has no split 'dev'; it has train, validation, test",

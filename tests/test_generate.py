@@ -97,6 +97,23 @@ def test_speed_and_steps_are_printed_after_the_text(ebt):
     assert re.fullmatch(r"4 tokens, [\d.]+ per second, 2.00 thinking steps per token\n", err)
 
 
+@pytest.mark.parametrize("kind", ["ebt", "transformer"])
+def test_plain_output_of_each_kind_of_model(ebt, kind):
+    thinking = ", 2.00 thinking steps per token" * (kind == "ebt")
+    code, out, err = ebt("generate", f"{kind}:best", "--prompt", "It was", "--tokens", 3)
+    assert code == 0 and out.endswith("\n") and re.fullmatch(rf"3 tokens, [\d.]+ per second{thinking}\n", err), err
+    code, out, err = ebt("generate", f"{kind}:best", "--prompt", "It was", "--prompt", "She had", "--tokens", 3)
+    assert code == 0 and re.match(r"\[1\] It was\n[^\[]*\n\[2\] She had\n", out)
+    assert re.fullmatch(rf"6 tokens, [\d.]+ per second{thinking}\n", err), err
+
+
+@pytest.mark.parametrize("text", ["my #1 wish", "Answer: yes", "1984", "null", "'quoted'"])
+def test_a_prompt_is_taken_as_typed(ebt, text):
+    settings = ["-p", f"generation.prompt={text}", "-p", "generation.echo=yes", "--tokens", "1e0", "--json"]
+    completion = json.loads(ebt("generate", "transformer:best", *settings)[1])
+    assert completion["prompt"] == text and completion["text"].startswith(text) and len(completion["tokens"]) == 1
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

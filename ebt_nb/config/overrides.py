@@ -285,12 +285,15 @@ def read_yaml_sections(path: Path | str) -> dict[str, Any]:
     return sections
 
 
-def read_yaml_file(path: Path | str) -> Any:
-    "Return what a YAML file holds, as `load_yaml` does. Raises ConfigError, naming the file, if it cannot be read."
+def read_yaml_file(path: Path | str, content: str = "configuration") -> Any:
+    """Return what a YAML file holds, as `load_yaml` does; `content` is what messages call it.
+
+    Raises ConfigError, naming the file, if it cannot be read.
+    """
     try:
         return load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read this file ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot read this {content} ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a YAML file: it is not text in UTF-8") from None
     except ConfigError as error:

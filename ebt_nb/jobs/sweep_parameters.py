@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGE_FIELDS', 'NORMAL_FIELDS', 'BETA_FIELDS', 'DISTRIBUTIONS', 'QUANTILE_FUNCTIONS', 'PLAIN_DISTRIBUTIONS',
-           'SweepError', 'check_keys', 'interpolate', 'log_interpolate', 'normal_quantile', 'beta_quantile',
-           'categorical_quantile', 'weighted_quantile', 'SweepParameter', 'import_optuna', 'parse_parameter',
-           'infer_distribution', 'check_numbers', 'check_values', 'check_plain_values', 'convert_parameters']
+           'FIELD_TYPES', 'SweepError', 'check_keys', 'interpolate', 'log_interpolate', 'normal_quantile',
+           'beta_quantile', 'categorical_quantile', 'weighted_quantile', 'SweepParameter', 'import_optuna',
+           'parse_parameter', 'infer_distribution', 'check_numbers', 'check_values', 'check_plain_values',
+           'convert_spec']
 
 # %% ../../nbs/jobs/09_sweep_parameters.ipynb #e49dfb94
 import itertools
@@ -275,19 +276,44 @@ def check_plain_values(path: str, values: list) -> None:
         if code in codes[:index]:
             raise SweepError(f"{path}: {values[index]!r} is listed twice")
 
-# %% ../../nbs/jobs/09_sweep_parameters.ipynb #18c0b69c
-def convert_parameters(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the parameters of a sweep file with every PlainScalar converted to the type that stands at its place.
+# %% ../../nbs/jobs/09_sweep_parameters.ipynb #892baa47
+FIELD_TYPES = {
+    "run_cap": int,
+    "target": float,
+    "eta": float,
+    "strict": bool,
+    "min_iter": int,
+    "max_iter": int,
+    "s": int,
+}
 
-    The types are those of the keys that are searched; `prefix` is the key above the parameters, with a dot.
-    """
+
+def convert_spec(spec: Any) -> Any:
+    "Return the content of a sweep file with every PlainScalar in it converted to the type that stands at its place."
+    if not isinstance(spec, dict):
+        return spec
+    converted = {}
+    for name, part in spec.items():
+        if name == "parameters" and isinstance(part, dict):
+            part = _convert_parameters(part)
+        elif name == "command" and isinstance(part, list):
+            part = [str(word) if isinstance(word, str) else word for word in part]
+        elif isinstance(part, dict):
+            part = {str(key): convert_yaml(value, FIELD_TYPES.get(key, str)) for key, value in part.items()}
+        else:
+            part = convert_yaml(part, FIELD_TYPES.get(name, str))
+        converted[str(name)] = part
+    return converted
+
+
+def _convert_parameters(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     converted = {}
     for name, spec in parameters.items():
         if not isinstance(spec, dict):
             spec = convert_yaml(spec, str)
         elif isinstance(spec.get("parameters"), dict):
             spec = {str(key): part for key, part in spec.items()}
-            spec["parameters"] = convert_parameters(spec["parameters"], f"{prefix}{name}.")
+            spec["parameters"] = _convert_parameters(spec["parameters"], f"{prefix}{name}.")
         else:
             key_type = field_type(f"{prefix}{name}")
             spec = {str(key): _convert_field(key, part, key_type) for key, part in spec.items()}
