@@ -20,6 +20,7 @@ from ..config.overrides import format_value
 from .notebook_parameters import NotebookJob, plan_job
 from .sbatch_options import SubmitError, gpu_options, option_group, read_script, remove_comments
 from ..runs.files import unique_folder_name
+from ..runs.preemption import EBT_COMMAND
 from ..runs.status import format_status
 
 # %% ../../nbs/jobs/07_job_drafts.ipynb #d3d3f23f
@@ -51,7 +52,7 @@ def find_ebt_command() -> list[str]:
     program = Path(sys.executable).with_name("ebt")
     if program.is_file():
         return [str(program)]
-    return [sys.executable, "-c", "from ebt_nb.cli.main import main; raise SystemExit(main())"]
+    return EBT_COMMAND
 
 
 def settings_as_arguments(job: NotebookJob, names: Sequence[str]) -> list[str]:
