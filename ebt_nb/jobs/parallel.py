@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_path_fault
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import differing_keys, override_config
 from ..runs.files import RunError
@@ -75,6 +75,9 @@ def fit_many(
     """
     if processes < 1:
         raise WorkbenchError(f"processes: {processes} processes cannot train; give at least 1")
+    for name in configs:
+        if fault := find_path_fault(name):
+            raise RunError(f"{name!r}: cannot be the folder of a run below {folder}: {fault}")
     runs = {}
     for name, config in configs.items():
         runs[name] = open_or_create_run(Path(folder) / name, share_threads(config, processes))
