@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .errors import find_path_fault
+
 # %% ../../nbs/config/01_sections.ipynb #2992297c
 class Section(BaseModel):
     "Base of all sections: unknown keys are refused, and assignments are checked."
@@ -32,6 +34,13 @@ class RunSection(Section):
     defaults: str | None = Field(
         None, description="path of the ebt_defaults.yaml whose values were used; a record, not read again"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _check_stays_in_runs_dir(cls, name):
+        if fault := find_path_fault(name):
+            raise ValueError(f"{name!r} cannot be a folder below run.runs_dir: {fault}")
+        return name
 
 # %% ../../nbs/config/01_sections.ipynb #5a94cb8c
 class OptimConfig(Section):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_PROJECT', 'MODES_OF_ENVIRONMENT', 'RESERVE', 'WandbError', 'resolve_wandb_mode', 'resolve_wandb_project',
            'check_wandb_environment', 'WandbAddress', 'choose_option', 'wandb_api', 'find_wandb_run', 'WandbCheckpoint',
-           'list_wandb_checkpoints', 'step_from_metadata', 'select_wandb_checkpoints', 'describe_wandb_checkpoint',
-           'download_wandb_checkpoints', 'download_to_cache']
+           'list_wandb_checkpoints', 'check_stays_in_cache', 'step_from_metadata', 'select_wandb_checkpoints',
+           'describe_wandb_checkpoint', 'download_wandb_checkpoints', 'download_to_cache']
 
 # %% ../../nbs/runs/04_wandb_runs.ipynb #36420f01
 import os
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_path_fault
 from ..config.sections import find_project_problem
 from .files import join_names
 from .folders import CHECKPOINT_SELECTOR
@@ -101,6 +101,8 @@ class WandbAddress:
             raise WandbError(
                 f"{text}: reads wdb:entity/project/run, optionally followed by :last, :best, :step=N, a number or :all"
             )
+        if fault := find_path_fault(match[1]):
+            raise WandbError(f"{text}: {match[1]} is no entity/project: {fault}")
         return cls(match[1], match[2], match[3] or "last")
 
     def __str__(self) -> str:
@@ -219,8 +221,21 @@ def _checkpoint_of_artifact(artifact: Any, file: str) -> WandbCheckpoint:
         file=file,
         step=step_from_metadata(metadata, words),
         aliases=frozenset(artifact.aliases),
-        download=lambda folder: artifact.download(root=str(folder)),
+        download=lambda folder: _download_artifact(artifact, folder),
     )
+
+
+def _download_artifact(artifact: Any, folder: Path) -> None:
+    "Download an artifact. Raises WandbError, before that, for a file that would not lie in `folder`."
+    for name in artifact.manifest.entries:
+        check_stays_in_cache(name, artifact.name)
+    artifact.download(root=str(folder))
+
+
+def check_stays_in_cache(name: str, origin: str) -> None:
+    "Raise WandbError for a name on the server, of `origin`, that would be a file outside its folder here."
+    if fault := find_path_fault(name, allow_hidden=True):
+        raise WandbError(f"{origin}: the server names a file {name!r}, which is not written: {fault}")
 
 
 def _checkpoint_of_file(file: Any) -> WandbCheckpoint:
@@ -287,6 +302,7 @@ def download_wandb_checkpoints(address: str, runs_dir: Path, api: Any = None) ->
     """
     parsed = WandbAddress.parse(address)
     run = find_wandb_run(api or wandb_api(), parsed)
+    check_stays_in_cache(run.id, address)
     cache = runs_dir / ".wdb" / parsed.project / run.id
     selected = select_wandb_checkpoints(list_wandb_checkpoints(run), parsed)
     return [download_to_cache(cache / checkpoint.label, checkpoint, address) for checkpoint in selected]
@@ -297,6 +313,8 @@ def download_to_cache(folder: Path, checkpoint: WandbCheckpoint, address: str) -
 
     Raises WandbError, leaving no incomplete folder, when the download fails.
     """
+    for name in (checkpoint.label, checkpoint.file):
+        check_stays_in_cache(name, address)
     if (folder / checkpoint.file).is_file():
         return folder / checkpoint.file
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp~")

@@ -36,7 +36,8 @@ def detect_launcher() -> Literal["torchrun", "srun"] | None:
     "Return the program that started this process as one of several; None for a single process."
     if TorchElasticEnvironment.detect():
         return "torchrun"
-    return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 else None
+    is_shell = "SLURM_PTY_PORT" in os.environ  # of `srun --ntasks=2 --pty bash`: one shell, whose commands are no ranks
+    return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not is_shell else None
 
 
 def check_processes(config: RunConfig) -> None:
