@@ -7,8 +7,8 @@ __all__ = ['COMMAND_MODULES', 'main']
 
 # %% ../../nbs/cli/10_main.ipynb #35bf843f
 import gc
-import os
 import io
+import os
 import sys
 from collections.abc import Sequence
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KERNEL_ARGUMENTS', 'NotebookFailed', 'prepare_unless_embedded', 'prepare_data', 'Tee', 'create_section_announcer',
-           'SignalForwarder', 'execute_job', 'find_stop_signal', 'claim_folder', 'read_saved_settings',
-           'find_folder_of_this_job', 'run_notebook', 'finish_job', 'print_summary', 'find_report']
+           'SignalForwarder', 'kernel_arguments', 'execute_job', 'describe_failed_execution', 'find_stop_signal',
+           'claim_folder', 'read_saved_settings', 'find_folder_of_this_job', 'run_notebook', 'finish_job',
+           'print_summary', 'find_report']
 
 # %% ../../nbs/jobs/02_notebook_jobs.ipynb #3a3a9988
 import json
@@ -14,9 +15,10 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config.data import TOKENIZER_SIZES
 from ..config.errors import WorkbenchError
@@ -26,6 +28,9 @@ from .reports import finish_report, prepare_report
 from ..runs.files import RunError, create_folder
 from ..runs.preemption import STOP_SIGNALS, JobInterrupted, folders_of_this_job, submitted_task_id
 from ..runs.status import format_status, may_be_running, read_status, write_status
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 # %% ../../nbs/jobs/02_notebook_jobs.ipynb #3570b45f
 class NotebookFailed(WorkbenchError):
@@ -131,11 +136,17 @@ class SignalForwarder:
     def kernel_manager_class(self, log: TextIO) -> type:
         """Return the class with which papermill starts its kernel; the kernel it starts is remembered here.
 
+        The kernel is this interpreter, whatever kernel is installed under the name `python3`.
         Figures go into the notebook, whatever MPLBACKEND says. Output of the kernel process itself goes to `log`.
         """
+        from jupyter_client.kernelspec import KernelSpec
         from jupyter_client.manager import AsyncKernelManager
 
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
         class KernelManager(AsyncKernelManager):
+            kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python")
+
             def start_kernel(manager, **settings: Any):
                 self.kernel = manager
                 env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
@@ -164,8 +175,14 @@ KERNEL_ARGUMENTS = [
 ]
 
 
-def execute_job(job: NotebookJob) -> None:
-    """Execute the job's notebook into its folder.
+def kernel_arguments(notebook: Path) -> list[str]:
+    "Return the arguments of the kernel's process; in it, modules beside the notebook can be imported."
+    folders = dict.fromkeys([str(notebook.parent), str(notebook.resolve().parent)])
+    return [*KERNEL_ARGUMENTS, f"--IPKernelApp.exec_lines=__import__('sys').path.extend({[*folders]!r})"]
+
+
+def execute_job(job: NotebookJob, notebook: "NotebookNode") -> None:
+    """Execute a notebook, as `prepare_report` returned it, into the job's folder.
 
     Raises JobInterrupted when it was stopped, NotebookFailed with the cell's error when it failed.
     """
@@ -183,15 +200,16 @@ def execute_job(job: NotebookJob) -> None:
             announce_section(cell, cell_index)
 
         try:
-            nbformat.write(prepare_report(job.notebook), report)
+            nbformat.write(notebook, report)
             papermill.execute_notebook(
                 report,
                 report,
                 job.parameters,
                 cwd=job.folder,
                 kernel_name="python3",
+                language="python",
                 kernel_manager_class=forwarder.kernel_manager_class(log),
-                extra_arguments=KERNEL_ARGUMENTS,
+                extra_arguments=kernel_arguments(job.notebook),
                 progress_bar=False,
                 stdout_file=terminal,
                 stderr_file=terminal,
@@ -202,13 +220,19 @@ def execute_job(job: NotebookJob) -> None:
             if forwarder.count or error.ename in ("KeyboardInterrupt", "JobInterrupted"):
                 raise JobInterrupted(signal=forwarder.last_signal or find_stop_signal(job.folder)) from None
             raise NotebookFailed(f"{error.ename}: {error.evalue}") from None
-        except OSError as error:
+        except Exception as error:
             forwarder.raise_if_signalled()
-            message = f"{job.folder}: the report cannot be written ({error.strerror}); free some space"
-            raise NotebookFailed(message) from None
-        except RuntimeError as error:
-            forwarder.raise_if_signalled()
-            raise NotebookFailed(f"the notebook's process ended ({error}); often the memory was used up") from None
+            traceback.print_exc(file=log)
+            raise NotebookFailed(describe_failed_execution(error, job.folder)) from None
+
+
+def describe_failed_execution(error: Exception, folder: Path) -> str:
+    "Return in a line why a notebook could not be executed (to its end), although none of its cells failed."
+    if isinstance(error, OSError):
+        return f"{folder}: the report cannot be written ({error.strerror or error}); free some space"
+    if isinstance(error, RuntimeError):
+        return f"the notebook's process ended ({error}); often the memory was used up"
+    return f"the notebook cannot be executed ({type(error).__name__}: {error}); console.log says where"
 
 
 def find_stop_signal(folder: Path) -> str | None:
@@ -303,12 +327,13 @@ def run_notebook(
         job = plan_job(notebook, preset, settings, runs_dir, earlier_folder)
     if job.config:
         prepare_unless_embedded(job.config)
+    report = prepare_report(job.notebook)
     details = dict(notebook=job.notebook.stem, parameters=job.parameters)
     claim_folder(job, details)
-    print(f"{job.notebook.stem}: working in {job.folder}", flush=True)
     resume_hint = f"resume with `ebt run {notebook} --folder {job.folder}`"
     try:
-        execute_job(job)
+        print(f"{job.notebook.stem}: working in {job.folder}", flush=True)
+        execute_job(job, report)
     except KeyboardInterrupt as error:
         finish_job(job, "interrupted", details)
         message = f"{job.notebook.stem}: interrupted; {resume_hint}"
@@ -319,16 +344,27 @@ def run_notebook(
             f"{job.notebook.stem} failed: {error}\nThe report so far: {find_report(job.folder)}\n"
             f"When the cause is removed, {resume_hint}"
         ) from None
+    except BaseException as error:
+        finish_job(job, "failed", details | dict(error=f"{type(error).__name__}: {error}"))
+        raise
     finish_job(job, "done", details)
     print_summary(job.folder)
     return job.folder
 
 # %% ../../nbs/jobs/02_notebook_jobs.ipynb #a00fd636
 def finish_job(job: NotebookJob, status: str, details: dict[str, Any]) -> None:
-    "Write the job's final status, and make its report readable in a browser."
+    """Write the job's final status, and make its report readable in a browser.
+
+    A report that cannot be made so (it was cut short by a full disk, say) changes nothing about the outcome.
+    """
     write_status(job.folder, status, **details)
-    if (job.folder / "report.ipynb").is_file():
+    if not (job.folder / "report.ipynb").is_file():
+        return
+    try:
         finish_report(job.folder / "report.ipynb")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        print(f"{job.folder}: report.html cannot be made from report.ipynb ({reason})", file=sys.stderr)
 
 
 def print_summary(folder: Path) -> None:
