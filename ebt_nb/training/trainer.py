@@ -50,7 +50,7 @@ def check_processes(config: RunConfig) -> None:
     if devices * nodes > 1 and detect_launcher() == "srun" and tasks != devices * nodes:
         raise ConfigError(
             f"trainer.devices: {devices} on each of {nodes} nodes means {devices * nodes} processes, and srun started "
-            f"{tasks}, which would wait for each other; start them with `srun --nodes={nodes} --ntasks-per-node={devices}`"
+            f"{tasks}, which would wait in vain; start them with `srun --nodes={nodes} --ntasks-per-node={devices}`"
         )
 
 
