@@ -20,7 +20,7 @@ from io import StringIO
 from typing import Any
 
 from .. import __version__
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_text_fault
 from ..runs.preemption import STOP_SIGNALS, requeue_job
 
 # %% ../../nbs/cli/00_commands.ipynb #e5b9b49a
@@ -120,13 +120,15 @@ def positive_int(text: str) -> int:
 
 # %% ../../nbs/cli/00_commands.ipynb #92768208
 def check_working_folder() -> None:
-    "Raise WorkbenchError if the working directory does not exist any more, or cannot be read."
+    "Raise WorkbenchError if the working directory does not exist any more, cannot be read, or is not UTF-8."
     try:
-        os.getcwd()
+        folder = os.getcwd()
     except OSError as error:
         raise WorkbenchError(
             f"the working directory cannot be used ({error.strerror}); was it removed? `cd` into one that exists"
         ) from None
+    if fault := find_text_fault(folder):
+        raise WorkbenchError(f"the working directory {folder!a} cannot be used: {fault}; rename it")
 
 
 def read_words(argv: Sequence[str]) -> list[str]:

@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from .errors import find_path_fault
+from .errors import find_path_fault, find_text_fault
 
 # %% ../../nbs/config/01_sections.ipynb #2992297c
 class Section(BaseModel):
     "Base of all sections: unknown keys are refused, and assignments are checked."
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_paths_are_text(cls, value):
+        if isinstance(value, Path) and (fault := find_text_fault(str(value))):
+            raise PydanticCustomError("path", "is no path: {fault}", {"fault": fault})
+        return value
 
 # %% ../../nbs/config/01_sections.ipynb #52af2259
 class RunSection(Section):
@@ -39,7 +47,7 @@ class RunSection(Section):
     @classmethod
     def _check_stays_in_runs_dir(cls, name):
         if fault := find_path_fault(name):
-            raise ValueError(f"{name!r} cannot be a folder below run.runs_dir: {fault}")
+            raise PydanticCustomError("name", "cannot be a folder below run.runs_dir: {fault}", {"fault": fault})
         return name
 
 # %% ../../nbs/config/01_sections.ipynb #5a94cb8c

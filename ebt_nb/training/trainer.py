@@ -50,6 +50,12 @@ def check_processes(config: RunConfig) -> None:
             f"`torchrun --nproc-per-node {devices} --no-python ebt train config.yaml`, or srun; "
             "or set trainer.devices=1 trainer.nodes=1"
         )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if devices * nodes > 1 and detect_launcher() == "srun" and tasks != devices * nodes:
+        raise ConfigError(
+            f"trainer.devices: {devices} on each of {nodes} nodes means {devices * nodes} processes, and srun started "
+            f"{tasks}, which would wait in vain; start them with `srun --nodes={nodes} --ntasks-per-node={devices}`"
+        )
 
 
 def build_cluster_environment(config: RunConfig) -> ClusterEnvironment:
