@@ -16,7 +16,7 @@ from typing import Any
 from .arguments import json_argument, runs_dir_argument
 from .commands import argument, command
 from ..config.errors import ConfigError
-from ..runs.addresses import find_run, find_runs, matching_runs
+from ..runs.addresses import find_run, find_runs, matching_runs, read_each
 from ..runs.files import format_json
 from ..runs.folders import Run, checkpoint_step
 from ..runs.metrics import validation_losses
@@ -94,7 +94,8 @@ def check_clean_options(args: argparse.Namespace) -> None:
 def list_runs(args: argparse.Namespace) -> None:
     "Print a line for each run below the runs folder, newest first."
     root = absolute_path(args.runs_dir)
-    rows = [{"run": os.path.relpath(run.dir, root)} | summarise_run(run) for run in find_runs(args.runs_dir)]
+    summaries = read_each(find_runs(args.runs_dir), summarise_run)
+    rows = [{"run": os.path.relpath(run.dir, root)} | summary for run, summary in summaries]
     if args.json:
         print(format_json(rows))
         return

@@ -46,7 +46,7 @@ def find_resumable_run(address: str, runs_dir: str = "runs") -> tuple[Run, Liter
     """Return the run of an address, and the checkpoint to resume from.
 
     The checkpoint is True for the last one (or the start, where there is none). Raises RunError for an address
-    that is no run of this machine, or names a checkpoint that does not exist.
+    that is no run of this machine, or names a checkpoint that does not exist, and for a run whose files are damaged.
     """
     if address.startswith("wdb:"):
         raise RunError(
@@ -60,9 +60,12 @@ def find_resumable_run(address: str, runs_dir: str = "runs") -> tuple[Run, Liter
             raise RunError(
                 f"{address}: belongs to no run; -p model.weights={address} starts a new one from its weights"
             )
-        return Run.open(folder), Path(file).stem
+        run = Run.open(folder)
+        run.check_files()
+        return run, Path(file).stem
     name, selector = split_address(address)
     run = find_run(name, runs_dir)
+    run.check_files()
     if selector == "last":
         return run, True
     run.checkpoint(selector)  # raises an error that names the checkpoints if this one does not exist

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOADER_BY_SUFFIX', 'LEFTOVER_NAMES', 'DOCUMENTATION', 'SPLIT_WORDS', 'find_loader', 'is_leftover', 'is_documentation',
-           'FolderContent', 'list_folder', 'join_names', 'choose_data_files', 'split_of_name', 'parts_of_files',
-           'held_out_split', 'group_by_split', 'describe_splits', 'LocalFiles', 'find_saved_dataset',
-           'find_local_files', 'group_saved_splits', 'match_pattern', 'glob_root']
+           'FolderContent', 'list_folder', 'choose_data_files', 'split_of_name', 'parts_of_files', 'held_out_split',
+           'group_by_split', 'describe_splits', 'LocalFiles', 'find_saved_dataset', 'find_local_files',
+           'group_saved_splits', 'match_pattern', 'glob_root']
 
 # %% ../../nbs/data/02_local_files.ipynb #ea11aabc
 import glob
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .file_content import unpacked_name
 from .sources import DataError
+from ..runs.files import join_names
 
 # %% ../../nbs/data/02_local_files.ipynb #1a3bf138
 LOADER_BY_SUFFIX = {
@@ -110,12 +111,6 @@ def list_folder(folder: Path) -> FolderContent:
     return found
 
 # %% ../../nbs/data/02_local_files.ipynb #4bceba6b
-def join_names(names: list[str], limit: int = 5) -> str:
-    "Return names as a list in words, cut after `limit`."
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
 def choose_data_files(folder: Path, can_read: Callable[[Path], bool]) -> tuple[list[Path], list[str]]:
     """Return the data files below a folder, and lines that say what was left out and why.
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import ConfigError, WorkbenchError
-from ..runs.addresses import find_runs, matching_runs, split_address
+from ..runs.addresses import find_runs, matching_runs, name_unreadable, read_each, split_address
 from ..runs.files import RunError, walk_files
 from ..runs.folders import Run, checkpoint_step, is_run_folder
 from ..runs.status import may_be_running, read_status
@@ -94,21 +94,26 @@ def is_active(folder: Path, enclosing: Sequence[Path]) -> bool:
     """Whether the job or process that a folder's status.json names is waiting or may be running.
 
     Its Slurm job is named there, or in the slurm.json of one of the `enclosing` folders, from which it was sent.
+    A folder with such a file that cannot be read may be active; it is named on stderr.
     """
     try:
         status = read_status(folder)
-    except RunError:
+    except RunError as error:
         if folder.name.endswith(".tmp~"):
             return False  # it is being created, or its creation was interrupted: its age decides
         if (folder / "status.json").exists():
-            raise
-        return True  # another process has just renamed or removed it
+            name_unreadable(error)
+        return True  # it cannot be read, or another process has just renamed or removed it
     if status["status"] in ("done", "failed"):
         return False
     jobs = [status.get("job")]
     for path in enclosing:
         if (path / "slurm.json").is_file():
-            jobs.append(json.loads((path / "slurm.json").read_text()).get("job"))
+            try:
+                jobs.append(json.loads((path / "slurm.json").read_text(encoding="utf-8"))["job"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                name_unreadable(RunError(f"{path}/slurm.json: does not name a Slurm job ({error})"))
+                return True
     moment = int(time.time()) // QUEUE_CACHE_SECONDS
     answers = [is_in_slurm_queue(str(job).partition(".")[0], moment) for job in jobs if job]
     if answers and None not in answers:
@@ -181,7 +186,8 @@ def find_removable_checkpoints(run: Run, keep: int | None) -> list[Leftover]:
         found.append(Leftover(path, "checkpoints", reason, count_freed_bytes(path)))
     if keep is None or run.status != "done":
         return found
-    by_age = sorted(folder.glob("step=*.ckpt"), key=checkpoint_step)
+    permanent = [path for path in folder.glob("step=*.ckpt") if checkpoint_step(path) is not None]
+    by_age = sorted(permanent, key=checkpoint_step)
     best_step = checkpoint_step(folder / "best.ckpt")
     for path in by_age[: max(0, len(by_age) - keep)]:
         if checkpoint_step(path) != best_step:
@@ -250,7 +256,8 @@ def find_leftovers(
     """Return what can be removed by these rules, without removing it: below `runs_dir`, or of the runs at `addresses`.
 
     The `keep` newest step=N checkpoints of a finished run stay (None: all). What changed within `hours` stays.
-    Raises WorkbenchError for an unknown rule or address.
+    Of what cannot be read nothing is returned; it is named on stderr. Raises WorkbenchError for an unknown rule or
+    address.
     """
     rules, root = list(rules), Path(runs_dir).expanduser().absolute()
     for rule in rules:
@@ -263,15 +270,15 @@ def find_leftovers(
     if addresses:
         selected = {run.dir: run for address in addresses for run in _runs_below(root, address)}
     needed = find_weight_sources(all_runs, root)
-    found = []
-    for run in selected.values():
-        if is_busy(run.dir, root, hours):
-            continue
+
+    def find_leftovers_of_run(run: Run) -> list[Leftover]:
         rule_and_reason = None if run.dir in needed else find_cleanup_reason(run)
         if rule_and_reason and rule_and_reason[0] in rules:
-            found.append(Leftover(run.dir, *rule_and_reason, count_freed_bytes(run.dir)))
-        else:
-            found += find_removable_checkpoints(run, keep)
+            return [Leftover(run.dir, *rule_and_reason, count_freed_bytes(run.dir))]
+        return find_removable_checkpoints(run, keep)
+
+    idle = [run for run in selected.values() if not is_busy(run.dir, root, hours)]
+    found = [leftover for _, leftovers in read_each(idle, find_leftovers_of_run) for leftover in leftovers]
     if not addresses:
         found += find_incomplete_folders(root, hours) + find_experiments_without_runs(root, hours)
     return [leftover for leftover in found if leftover.rule in rules]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.kinds import config_fields
+from ..runs.addresses import read_each
 from ..runs.files import RunError
 from ..runs.folders import Run
 from ..runs.metrics import validation_losses
@@ -44,20 +45,22 @@ def compare_runs(runs: Sequence[Run], root: Path | str = "runs") -> dict[str, An
 
     `runs` is a list of dictionaries (run, status, step, started); paths are relative to `root`. `config` and `metrics`
     map a name to one value for each run, None where a run does not have it; `config` holds the keys that differ.
-    Raises RunError for fewer than two runs.
+    A run whose files cannot be read is named on stderr and left out. Raises RunError for fewer than two runs.
     """
-    if len(runs) < 2:
-        raise RunError(f"compare: {len(runs)} run to compare; give two or more, or a name that several runs have")
-    configs = [flatten_config(run) for run in runs]
+    root = Path(root).expanduser().absolute()
+    readable = read_each(runs, lambda run: (_describe_run(run, root), flatten_config(run), latest_metrics(run)))
+    if len(readable) < 2:
+        raise RunError(f"compare: {len(readable)} run to compare; give two or more, or a name that several runs have")
+    configs = [config for _, (_, config, _) in readable]
     differing = {}
     for key in config_fields():
         values = [config.get(key) for config in configs]
         if any(value != values[0] for value in values):
             differing[key] = values
-    metrics = [latest_metrics(run) for run in runs]
+    metrics = [metrics for _, (_, _, metrics) in readable]
     names = dict.fromkeys(name for values in metrics for name in values)
     return {
-        "runs": [_describe_run(run, Path(root).expanduser().absolute()) for run in runs],
+        "runs": [description for _, (description, _, _) in readable],
         "config": differing,
         "metrics": {name: [values.get(name) for values in metrics] for name in names},
     }

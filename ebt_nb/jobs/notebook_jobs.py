@@ -238,7 +238,10 @@ def describe_failed_execution(error: Exception, folder: Path) -> str:
 def find_stop_signal(folder: Path) -> str | None:
     "Return the name of the signal that interrupted a run in `folder`; None if no run was interrupted by one."
     for path in folder.glob("*/status.json"):
-        status = read_status(path.parent)
+        try:
+            status = read_status(path.parent)
+        except RunError:
+            continue  # the notebook wrote a file of that name for something else
         if status["status"] == "interrupted" and "signal" in status:
             return status["signal"]
     return None

@@ -110,7 +110,7 @@ def _parameters_source(notebook: Path) -> str:
             return "".join(cell["source"])
     return ""
 
-
+# %% ../../nbs/jobs/01_notebook_parameters.ipynb #57becfdf
 OTHER_KERNELS = re.compile(r"(ir|julia|bash|sagemath|octave|matlab|scala|almond|rust|deno|xcpp|gophernotes)\b.*", re.I)
 
 
@@ -127,7 +127,7 @@ def check_language(notebook: Path, metadata: dict[str, Any]) -> None:
     if name and not re.fullmatch(r"i?python[\d.]*", name, re.I):
         raise NotebookError(f"{notebook}: is a notebook of {name}; only Python notebooks can be run as jobs")
 
-
+# %% ../../nbs/jobs/01_notebook_parameters.ipynb #c46796f3
 def evaluate_default(notebook: Path, name: str, expression: ast.expr) -> Any:
     "Return the value of a default that is written as a literal. Raises NotebookError for any other expression."
     try:

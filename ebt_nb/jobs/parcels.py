@@ -20,6 +20,7 @@ from ..config.errors import WorkbenchError, find_path_fault
 from ..config.overrides import load_config
 from ..runs.files import create_folder, join_names
 from ..runs.folders import Run, checkpoint_step, is_run_folder
+from ..runs.metrics import read_metrics
 from ..runs.status import format_status, read_status
 
 # %% ../../nbs/jobs/18_parcels.ipynb #dcb22c8c
@@ -109,16 +110,20 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def metrics_up_to_step(path: Path, step: int) -> str:
-    "Return the header and the rows of a metrics.csv up to a step; empty if there is no such file or column."
+    """Return the header and the rows of a metrics.csv up to a step; empty if there is no such file or column.
+
+    Raises RunError when it holds something that is no number.
+    """
     if not path.is_file():
         return ""
     header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
     columns = header.strip().split(",")
     if "step" not in columns:
         return ""
+    read_metrics(path)  # raises an error if a cell is no number
     kept = []
     for line in lines:
-        is_complete = line.endswith("\n")
+        is_complete = line.endswith("\n") and line.strip()
         if is_complete and int(line.split(",")[columns.index("step")]) <= step:
             kept.append(line)
     return header + "".join(kept)
@@ -193,7 +198,7 @@ def import_parcel(parcel: Path, root: Path, log_line: Callable[[str], None] = pr
 def _create_run_from_parcel(parcel: Path, folder: Path) -> None:
     "Create a run folder with a parcel's configuration, metrics and step, but without its checkpoint."
     status = read_status(parcel)
-    files = {"status.json": format_status("interrupted", status["started"], step=status["step"], pulled=True)}
+    files = {"status.json": format_status("interrupted", status["started"], step=status.get("step"), pulled=True)}
     for name in ("config.yaml", "metrics.csv"):
         if (parcel / name).is_file():
             files[name] = (parcel / name).read_text(encoding="utf-8")

@@ -9,17 +9,15 @@ __all__ = ['format_trial_table', 'compute_importances']
 import importlib.util
 from pathlib import Path
 
-import yaml
-
 from .sweep_file import format_settings
 from .sweep_parameters import SweepError, import_optuna
-from .sweep_study import load_study, read_trials
+from .sweep_study import load_study, read_saved_spec, read_trials
 
 # %% ../../nbs/jobs/15_sweep_results.ipynb #243111ea
 def format_trial_table(folder: Path | str) -> list[str]:
     "Return the trials of a sweep as the lines of a table, the header first. Raises SweepError without trials."
     trials = read_trials(folder)
-    spec = yaml.safe_load((Path(folder) / "sweep.yaml").read_text(encoding="utf-8"))
+    spec = read_saved_spec(folder)
     rows = [("trial", "state", spec["metric"]["name"], "validations", "run", "parameters")]
     for trial in trials:
         value = "-" if trial.value is None else f"{trial.value:.4f}"

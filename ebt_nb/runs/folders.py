@@ -10,6 +10,7 @@ import os
 import pickletools
 import re
 import zipfile
+import zlib
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,11 @@ class Run:
         "The run's name, such as text/quickstart; several runs may have the same."
         return self.config.run.name
 
+    def check_files(self) -> None:
+        "Raise a WorkbenchError that names the file when configuration, status or metrics cannot be read."
+        for read in (lambda: self.config, lambda: self.status, lambda: self.metrics):
+            read()
+
     @property
     def metrics(self) -> list[dict[str, float]]:
         "The rows of metrics.csv."
@@ -114,8 +120,8 @@ def checkpoint_step(path: Path) -> int | None:
             pickled = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
         words = (word for opcode, word, _ in pickletools.genops(pickled) if not opcode.name.endswith("PUT"))
         step = next(next_word for word, next_word in pairwise(words) if word == "global_step")
-    except (OSError, zipfile.BadZipFile, StopIteration, ValueError):
-        return None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, StopIteration, ValueError):
+        return None  # RuntimeError: an archive with a password
     return step if isinstance(step, int) else None
 
 

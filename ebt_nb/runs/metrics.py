@@ -18,16 +18,28 @@ from .files import RunError, write_atomically
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
     """Return the rows of a metrics file, each with the values it measured; an empty list when there is no file.
 
-    `step` is an int, all other values are floats.
+    `step` is an int, all other values are floats. Raises RunError, naming the file, for anything else in it.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        text = path.read_text(encoding="utf-8")
+        return _parse_rows(text[: text.rfind("\n") + 1])
+    except FileNotFoundError:
         return []
-    text = path.read_text(encoding="utf-8")
-    complete_lines = text[: text.rfind("\n") + 1]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise RunError(
+            f"{path}: not the metrics of a run ({error}); correct or remove the lines that are no numbers, or the file"
+        ) from None
+
+
+def _parse_rows(text: str) -> list[dict[str, float]]:
+    "Return the rows of the text of a metrics file. Raises ValueError or TypeError for cells that are no numbers."
     rows = []
-    for row in csv.DictReader(io.StringIO(complete_lines, newline="")):
-        rows.append({name: int(text) if name == "step" else float(text) for name, text in row.items() if text})
+    for cells in csv.DictReader(io.StringIO(text, newline="")):
+        row = {name: int(cell) if name == "step" else float(cell) for name, cell in cells.items() if cell}
+        if "step" not in row:
+            raise ValueError("a row has no step")
+        rows.append(row)
     return rows
 
 # %% ../../nbs/runs/02_metrics.ipynb #72316f0f

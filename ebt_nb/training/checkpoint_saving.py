@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from ..runs.files import remove_if_possible
 from ..runs.preemption import STOP_SIGNALS
 from .base import TrainingModule
 from .checkpoints import CheckpointError, read_checkpoint
@@ -49,8 +50,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 "Free some space or make the folder writable, then resume the run"
             ) from None
         finally:
-            if temporary.exists():
-                temporary.unlink()
+            remove_if_possible(temporary)
 
     def load_checkpoint(
         self, path: Path | str, map_location: Any = None, weights_only: bool | None = None
@@ -187,11 +187,22 @@ def copy_without_replay(checkpoint_path: Path, copy_path: Path) -> None:
 
 
 def link_or_copy(file: Path, second_path: Path) -> None:
-    "Give a file a second path in one step: a hard link, or a copy where the file system has no hard links."
+    """Give a file a second path in one step: a hard link, or a copy where the file system has no hard links.
+
+    Raises CheckpointError when that fails; what was at the second path then stays.
+    """
     temporary = second_path.with_name(f".{second_path.name}.{os.getpid()}.tmp~")
-    temporary.unlink(missing_ok=True)
     try:
-        os.link(file, temporary)
-    except OSError:
-        shutil.copyfile(file, temporary)
-    os.replace(temporary, second_path)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
+        os.replace(temporary, second_path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{second_path}: this copy of {file.name} cannot be written ({error.strerror}); {file.name} is intact. "
+            "Free some space or make the folder writable, then resume the run"
+        ) from None
+    finally:
+        remove_if_possible(temporary)
