@@ -6,7 +6,7 @@
 # All arguments are passed on to `ebt sweep`; without any, it runs the example, a search for a learning rate.
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
+if [ "${script##*/}" = slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/.." && pwd)
 bash "$here/job_scripts/setup.sh"
 if [ $# -eq 0 ]; then set -- "$here/job_scripts/sweeps/peak_lr.yaml"; fi

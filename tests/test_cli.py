@@ -1,6 +1,7 @@
 "The installed `ebt` command, as a user meets it: exit codes, messages, what is left behind."
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,8 @@ from ebt_nb.config.models import SIZES
 from ebt_nb.config.overrides import build_config, load_config
 from ebt_nb.config.presets import PRESETS
 from ebt_nb.runs.addresses import find_runs
+from ebt_nb.runs.folders import Run
+from ebt_nb.runs.metrics import MetricsFile
 from ebt_nb.runs.status import read_status
 
 EBT = Path(sys.executable).with_name("ebt")
@@ -62,6 +65,33 @@ def test_presets_at_every_size(tmp_path):
         code, out, err = ebt("presets", name, "--size", "small")
         (tmp_path / "config.yaml").write_text(out)
         assert (code, err) == (0, "") and load_config(tmp_path / "config.yaml").model.width == SIZES["small"].width
+
+
+def test_version_and_help(capsys):
+    for words, start in [(["--version"], r"ebt \d+\.\d+"), ([], r"usage: ebt "), (["--help"], r"usage: ebt ")]:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0 and re.match(start, capsys.readouterr().out)
+
+
+def test_json_of_a_run_that_diverged_is_strict(tmp_path, capsys):
+    "What is no number is null, in the output of every command."
+    for name in ("first", "second"):
+        run = Run.create(build_config("text/quickstart", {"run.runs_dir": str(tmp_path), "run.name": name}))
+        for step, loss in enumerate([7.5, math.nan, math.inf], 1):
+            MetricsFile(run.dir / "metrics.csv").append({"step": step, "train/loss": loss, "val/loss": loss})
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    for words in (["list"], ["show", "first"], ["compare", "first", "second"], ["clean", "--hours", "0"]):
+        assert main(["runs", *words, "--runs-dir", str(tmp_path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+        assert main(["runs", *words, "--runs-dir", str(tmp_path)]) == 0 and capsys.readouterr().out
+        if words == ["list"]:
+            assert [row["lowest_val_loss"] for row in found] == [7.5, 7.5]
+        if words[0] == "show":
+            assert found["metrics"] == {"train/loss": None, "val/loss": None}
 
 
 def test_a_closed_pipe_is_no_error():

@@ -103,7 +103,8 @@ def test_questions_from_a_terminal(home):
         home, "evaluate", "ebt.ckpt", "--data", "questions.jsonl", *ALL_QUESTIONS, *settings
     )
     found = json.loads(out)
-    assert (code, err) == (0, "") and (found["rows"], found["split"], found["model"]) == (9, "all", "ebt")
+    assert code == 0 and err.startswith("inference.steps: 3 thinking steps, and training takes at most 2")
+    assert (found["rows"], found["split"], found["model"]) == (9, "all", "ebt")
     assert found["thinking"]["samples"] == 2 and found["mean_moves"] == 3 and found["sample_distance"] > 0
     for name in ("step_losses", "energies_before", "energies_after"):
         assert len(found[name]) == 3
@@ -204,6 +205,15 @@ def test_images_are_restored_with_the_configured_recursion(evaluate):
         (["other_tokenizer.ckpt", "--data", "austen"], ".*trained with tokenizer 'austen_2k' .*not with"),
         (["image.ckpt", "--data", "austen"], ".*image.ckpt: its configuration is not valid here"),
         (["ebt.ckpt", "--data", "missing.jsonl"], ".*missing.jsonl: .*no such file"),
+        (["ebt.ckpt", "--data", "arithmatic"], "data.source: 'arithmatic' is no named set .did you mean 'arithmetic'"),
+        (
+            ["ebt.ckpt", "--data", "arithmatic", "--kind", "questions"],
+            "data.source: 'arithmatic' is no question set .did you mean 'arithmetic'",
+        ),
+        (
+            ["dit.ckpt", "--data", "fashion_mnst"],
+            "data.source: 'fashion_mnst' is neither .* .did you mean 'fashion_mnist'",
+        ),
         (
             ["ebt.ckpt", "--data", "austen", "--split", "dev"],
             "split: 'austen' has no split 'dev'; it has train, validation, test",

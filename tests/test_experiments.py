@@ -146,6 +146,15 @@ def test_every_experiment_opens_with_its_summary():
             assert is_committed == ("committed run" in cell.source), (path.name, cell.source[:80])
 
 
+def test_an_experiment_executed_by_hand_works_below_the_folder_of_runs():
+    "The parameters name no folder; the next cell takes the one of the job, or makes one that `ebt runs` finds."
+    for path in experiment_notebooks():
+        code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        [number] = [number for number, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
+        assert re.search(r'^run_dir = ""', code[number].source, re.MULTILINE), path.name
+        assert f'choose_run_dir(run_dir, "{path.stem}")' in code[number + 1].source, path.name
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_runs(name, tmp_path):
     preset, settings, words, num_figures = EXPERIMENTS[name]

@@ -62,7 +62,8 @@ def test_json_has_tokens_energies_and_steps(ebt):
     settings = ["--tokens", 30, "-p", "inference.samples=2", "-p", "inference.steps=3", "--json"]
     code, out, err = ebt("generate", "ebt:best", "--prompt", "It was", "--prompt", "She had", *settings)
     first, second = json.loads(out)
-    assert (code, err) == (0, "") and (first["prompt"], second["prompt"]) == ("It was", "She had")
+    assert code == 0 and err == "inference.steps: 3 thinking steps, and training takes at most 2; more may be worse\n"
+    assert (first["prompt"], second["prompt"]) == ("It was", "She had")
     assert first["finish_reason"] == "length"
     for completion in (first, second):
         for name in ("tokens", "log_probabilities", "energies", "steps"):
@@ -96,6 +97,23 @@ def test_speed_and_steps_are_printed_after_the_text(ebt):
     assert re.fullmatch(r"4 tokens, [\d.]+ per second, 2.00 thinking steps per token\n", err)
 
 
+@pytest.mark.parametrize("kind", ["ebt", "transformer"])
+def test_plain_output_of_each_kind_of_model(ebt, kind):
+    thinking = ", 2.00 thinking steps per token" * (kind == "ebt")
+    code, out, err = ebt("generate", f"{kind}:best", "--prompt", "It was", "--tokens", 3)
+    assert code == 0 and out.endswith("\n") and re.fullmatch(rf"3 tokens, [\d.]+ per second{thinking}\n", err), err
+    code, out, err = ebt("generate", f"{kind}:best", "--prompt", "It was", "--prompt", "She had", "--tokens", 3)
+    assert code == 0 and re.match(r"\[1\] It was\n[^\[]*\n\[2\] She had\n", out)
+    assert re.fullmatch(rf"6 tokens, [\d.]+ per second{thinking}\n", err), err
+
+
+@pytest.mark.parametrize("text", ["my #1 wish", "Answer: yes", "1984", "null", "'quoted'"])
+def test_a_prompt_is_taken_as_typed(ebt, text):
+    settings = ["-p", f"generation.prompt={text}", "-p", "generation.echo=yes", "--tokens", "1e0", "--json"]
+    completion = json.loads(ebt("generate", "transformer:best", *settings)[1])
+    assert completion["prompt"] == text and completion["text"].startswith(text) and len(completion["tokens"]) == 1
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -110,6 +128,10 @@ def test_speed_and_steps_are_printed_after_the_text(ebt):
         (
             ["ebt:best", "--prompt", "It was a truth " * 20],
             r"generation.prompt: \d+ tokens are more than the model's context of 24",
+        ),
+        (
+            ["ebt:best", "-p", 'generation.stop=["\\n\\n", ""]'],
+            "generation.stop: .*leave it out",
         ),
         (
             ["ebt:best", "-p", "generation.stop_tokens=[9999]"],

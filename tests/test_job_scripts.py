@@ -144,3 +144,13 @@ def test_images(script, preset, extra, root, tmp_path):
             and "| 0.2 | 10 | 1 |" in shown
             and {"restored_images.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}
         )
+
+
+def test_scripts_that_sbatch_starts_mark_their_job(root):
+    "Only a marked job is queued again; a script run by hand in a session leaves the session's job unmarked."
+    lines = {}
+    for path in (root / "job_scripts").rglob("*.sh"):
+        lines |= {line: path for line in path.read_text().splitlines() if "slurm_script" in line}
+    assert lines
+    for line, path in lines.items():
+        assert "= slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; " in line, path

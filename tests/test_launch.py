@@ -5,6 +5,7 @@ All processes are real: torchrun, gloo, papermill.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import nbformat
 import pytest
 import torch
 
+import ebt_nb
 from ebt_nb.config.kinds import RunConfig
 from ebt_nb.config.overrides import build_config
 from ebt_nb.runs.addresses import find_runs
@@ -86,18 +88,56 @@ def find_ranks(run: Run) -> list[int]:
     return found
 
 
+def make_session(folder: Path) -> dict[str, str]:
+    """Return the environment of a notebook session that is a restarted Slurm job of two nodes.
+
+    `scontrol` notes in `folder`/requests how it was called. There is no srun.
+    """
+    programs = folder / "programs"
+    programs.mkdir()
+    facts = "JobId=4711 JobState=RUNNING Requeue=1"
+    (programs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> "{folder}/requests"\necho {facts}\n')
+    (programs / "scontrol").chmod(0o755)
+    for name in ("sh", "git"):
+        if path := shutil.which(name):
+            (programs / name).symlink_to(path)
+    return ENVIRONMENT | {
+        "PATH": str(programs),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_RESTART_COUNT": "1",
+        "EBT_JOB_ID": "4710",  # of the job from which the session was submitted
+    }
+
+
+def make_shadowing_folder(folder: Path) -> Path:
+    "Make a working directory with packages that have the names of libraries."
+    for name in ("datasets", "torch", "lightning", "tokenizers"):
+        (folder / "here" / name).mkdir(parents=True)
+        (folder / "here" / name / "__init__.py").write_text("raise SystemExit('a folder shadows the library')")
+    return folder / "here"
+
+
+def test_no_child_looks_for_modules_in_the_working_directory():
+    for path in Path(ebt_nb.__file__).parent.rglob("*.py"):
+        assert not re.search(r'sys\.executable,\s*"-[cm]"', path.read_text(encoding="utf-8")), path
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
 def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
     """`ebt train` with two devices is stopped by SIGUSR1, resumed and killed, and resumed on one device for the rest.
 
-    The metrics are those of one process from beginning to end.
+    The metrics are those of one process from beginning to end. All this happens in a session that is a Slurm job, which
+    is not queued again, and in a folder with packages that have the names of libraries.
     """
     run = Run.create(tiny_config(tmp_path))
+    session, here = make_session(tmp_path), make_shadowing_folder(tmp_path)
 
     def resume():
         return subprocess.Popen(
             [EBT, "train", "--resume", run.dir],
-            env=ENVIRONMENT,
+            env=session,
+            cwd=here,
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -111,6 +151,7 @@ def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
     output = job.communicate(timeout=300)[0]
     assert job.returncode == 130
     assert f"{run.dir}: interrupted; resume with `ebt train --resume {run.dir}`" in output
+    assert "Slurm job 4711 is not queued again" in output and not (tmp_path / "requests").exists()
     assert "2 sequences x 16 tokens x 1 accumulated x 2 processes = 4 sequences, 64 tokens" in output
     first = read_checkpoint(run.checkpoint())["global_step"]
     assert run.status == "interrupted" and first == last_row(run) >= 8 and find_ranks(run) == []

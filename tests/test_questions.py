@@ -22,9 +22,10 @@ from test_data import fit_rows, list_cache, open_data, text_config
 from ebt_nb.config.data import IGNORE_INDEX, QuestionDataConfig
 from ebt_nb.config.errors import WorkbenchError
 from ebt_nb.config.overrides import build_config
+from ebt_nb.data.file_content import BENCHMARK_CANARY
 from ebt_nb.data.question_sets import QUESTION_SETS, load_questions
 from ebt_nb.data.question_tables import HUB_SETS
-from ebt_nb.data.sources import ASSETS, BENCHMARK_CANARY, DataError
+from ebt_nb.data.sources import ASSETS, DataError
 from ebt_nb.data.text_loaders import TextDataModule
 from ebt_nb.data.tokenizers import load_tokenizer
 from ebt_nb.jobs.notebook_jobs import prepare_unless_embedded

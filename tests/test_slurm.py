@@ -422,7 +422,8 @@ def test_array_of_sweep_agents_one_is_stopped(cluster, workspace):
         "parameters": {"tracking.project": {"values": ["disturbed", "alone"]}},
     }
     (workspace.folder / "sweep.yaml").write_text(yaml.safe_dump(spec))
-    agent = f"exec {sys.executable} {workspace.write_pausing_ebt()} sweep sweep.yaml --dir shared"
+    mark = "export EBT_JOB_ID=$SLURM_JOB_ID"  # as a script of one's own allows that its job is queued again
+    agent = f"{mark}; exec {sys.executable} {workspace.write_pausing_ebt()} sweep sweep.yaml --dir shared"
     options = ["--requeue", "--array=1-2", "--nodes=1", "--ntasks-per-node=1", f"--wrap={agent}"]
     number = cluster.run("sbatch", "--parsable", *options, cwd=workspace.folder).strip()
     workspace.wait_for_files("paused1", "paused2")

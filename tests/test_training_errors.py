@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -199,6 +200,10 @@ def test_a_trained_run_is_not_overwritten(run):
         ),
         ({"trainer.devices": 4}, ["trainer.devices", "4 processes", "torchrun"]),
         ({"trainer.accelerator": "abacus"}, ["trainer.accelerator=abacus"]),
+        (
+            {"trainer.accelerator": "cpu", "trainer.precision": "16-mixed"},
+            ["trainer.precision: 16-mixed", "trainer.precision=32-true"],
+        ),
         pytest.param(
             {"trainer.accelerator": "gpu"},
             ["trainer.accelerator=gpu"],
@@ -210,6 +215,29 @@ def test_an_impossible_run_makes_no_folder(tmp_path, changes, parts):
     (tmp_path / "here").mkdir()
     with expect_refusal(ConfigError, tmp_path / "here", *parts):
         fit(tiny_config(tmp_path / "here", **changes), progress="none")
+
+
+@pytest.mark.parametrize(
+    "variables, parts",
+    [
+        ({"WANDB_PROJECT": "team/project"}, ["WANDB_PROJECT", "holds /"]),
+        ({"WANDB_MODE": "sometimes"}, ["WANDB_MODE", "'sometimes'", "offline"]),
+        ({"WANDB_BASE_URL": "nowhere"}, ["WANDB_BASE_URL", "valid URL"]),
+    ],
+)
+def test_an_impossible_environment_makes_no_folder(tmp_path, monkeypatch, variables, parts):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "here").mkdir()
+    with expect_refusal(WorkbenchError, tmp_path / "here", *parts):
+        fit(tiny_config(tmp_path / "here", **{"tracking.wandb": "offline"}), progress="none")
+
+
+def test_wandb_is_off_where_the_environment_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = fit(tiny_config(tmp_path, **{"tracking.wandb": "online"}), progress="none")
+    assert run.status == "done" and not (run.dir / "wandb").exists()
+    assert "tracking.wandb: online is off here" in (run.dir / "console.log").read_text()
 
 
 def test_a_missing_corpus_makes_no_folder(tmp_path):
@@ -234,6 +262,16 @@ def test_a_checkpoints_folder_that_cannot_be_written_is_refused(run, monkeypatch
     monkeypatch.setattr("ebt_nb.training.run_folder.tempfile.TemporaryFile", deny)
     with expect_refusal(RunError, run.dir, "checkpoints: cannot be written (Permission denied)", "run.runs_dir"):
         resume(run)
+
+
+@pytest.mark.parametrize("error, status", [(OSError(5, "Input/output error"), "failed"), (SystemExit(), "interrupted")])
+def test_an_error_before_the_first_update_ends_the_status(tmp_path, monkeypatch, error, status):
+    "The folder exists by then, and must not look like a run that trains."
+    monkeypatch.setattr("ebt_nb.training.fit.prepare_run_folder", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        fit(tiny_config(tmp_path), progress="none")
+    [path] = (tmp_path / "runs").rglob("status.json")
+    assert read_status(path.parent)["status"] == status and type(error).__name__ in read_status(path.parent)["error"]
 
 
 class FullDisk(pl.Callback):

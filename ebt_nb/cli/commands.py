@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'COMMAND_ORDER', 'Argument', 'argument', 'Command', 'command', 'build_parser', 'positive_int',
-           'parse_arguments', 'requeue_after_signal', 'run_command', 'capture_command']
+           'check_working_folder', 'read_words', 'provide_home', 'parse_arguments', 'requeue_after_signal',
+           'describe_impossible_path', 'report_error', 'run_command', 'capture_command']
 
 # %% ../../nbs/cli/00_commands.ipynb #d936aa77
 import argparse
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from io import StringIO
 from typing import Any
 
 from .. import __version__
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_text_fault
 from ..runs.preemption import STOP_SIGNALS, requeue_job
 
 # %% ../../nbs/cli/00_commands.ipynb #e5b9b49a
@@ -115,6 +118,61 @@ def positive_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
 
+# %% ../../nbs/cli/00_commands.ipynb #92768208
+def check_working_folder() -> None:
+    "Raise WorkbenchError if the working directory does not exist any more, cannot be read, or is not UTF-8."
+    try:
+        folder = os.getcwd()
+    except OSError as error:
+        raise WorkbenchError(
+            f"the working directory cannot be used ({error.strerror}); was it removed? `cd` into one that exists"
+        ) from None
+    if fault := find_text_fault(folder):
+        raise WorkbenchError(f"the working directory {folder!a} cannot be used: {fault}; rename it")
+
+
+def read_words(argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line as text.
+
+    Python keeps bytes that it cannot read as lone surrogates. Under LC_ALL=C these may be UTF-8 all the same. Raises
+    WorkbenchError if they are not.
+    """
+    words = []
+    for number, word in enumerate(argv, 1):
+        try:
+            words.append(os.fsencode(word).decode("utf-8"))
+        except UnicodeError:
+            raise WorkbenchError(
+                f"word {number} of the command, {word!a}, is not UTF-8; "
+                "type it in a UTF-8 terminal, or rename the file it names"
+            ) from None
+    return words
+
+
+def provide_home() -> None:
+    """Give this process a home folder, below the folder for temporary files, if its user has none.
+
+    Libraries keep caches there. A line on the error output names the folder.
+    """
+    home = os.path.expanduser("~")
+    if os.path.isabs(home) and any(os.path.isdir(path) for path in (home, os.path.dirname(home))):
+        return
+    user = os.getuid()
+    folder = os.path.join(tempfile.gettempdir(), f"home-of-user-{user}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.lstat(folder).st_uid != user:
+            raise PermissionError(None, "it belongs to another user")
+    except OSError as error:
+        print(
+            f"ebt: this user has no home folder, and {folder} cannot serve ({error.strerror}); set HOME",
+            file=sys.stderr,
+        )
+        return
+    print(f"ebt: this user has no home folder: caches go to {folder}; set HOME to choose another", file=sys.stderr)
+    os.environ["HOME"] = folder
+    os.environ.setdefault("LOGNAME", str(user))  # for programs that ask who the user is
+
 # %% ../../nbs/cli/00_commands.ipynb #a77aeb9b
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the words of a command line.
@@ -146,18 +204,36 @@ def requeue_after_signal(error: KeyboardInterrupt) -> None:
         print(f"ebt: {message}", file=sys.stderr)
 
 
+def describe_impossible_path(error: Exception) -> str | None:
+    "Return what is wrong with a typed path that no system call accepts; None for another error."
+    if str(error) == "Could not determine home directory.":  # pathlib's
+        return "a path with ~: no user of that name, or this one has no home folder; write the path in full"
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}...: too long for the name of a file or folder; write a shorter one"
+    return None
+
+
+def report_error(error: Exception) -> int:
+    "Print an error that the user can correct; return the exit code."
+    print(f"ebt: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+    return getattr(error, "exit_code", 2)
+
+
 def run_command(argv: Sequence[str]) -> int:
     "Run a command from its words; return the exit code. Errors of the workbench are printed, not raised."
-    args = parse_arguments(list(argv))
+    try:
+        args = parse_arguments(read_words(argv))
+    except WorkbenchError as error:
+        return report_error(error)
     entry = COMMANDS[args.command]
     try:
+        check_working_folder()
         for one in entry.arguments:
             if one.default_factory is not None and getattr(args, one.destination) is None:
                 setattr(args, one.destination, one.default_factory())
         entry.function(args)
     except WorkbenchError as error:
-        print(f"ebt: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        return report_error(error)
     except KeyboardInterrupt as error:
         print(f"ebt: {str(error) or 'interrupted'}", file=sys.stderr)
         if not getattr(args, "as_part", False):
@@ -166,6 +242,11 @@ def run_command(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OSError, RuntimeError) as error:
+        problem = describe_impossible_path(error)
+        if problem is None:
+            raise
+        return report_error(WorkbenchError(problem))
     return 0
 
 # %% ../../nbs/cli/00_commands.ipynb #9d4fc683

@@ -7,6 +7,8 @@ __all__ = ['COMMAND_MODULES', 'main']
 
 # %% ../../nbs/cli/10_main.ipynb #35bf843f
 import gc
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +20,7 @@ import ebt_nb.cli.remote as remote
 import ebt_nb.cli.runs as runs
 import ebt_nb.cli.text as text
 import ebt_nb.cli.training as training
-from .commands import run_command
+from .commands import provide_home, run_command
 
 # %% ../../nbs/cli/10_main.ipynb #029c7828
 COMMAND_MODULES = (jobs, training, text, images, bench, presets, runs, remote)
@@ -27,4 +29,9 @@ COMMAND_MODULES = (jobs, training, text, images, bench, presets, runs, remote)
 def main(argv: Sequence[str] | None = None) -> int:
     "Run a command of `ebt`, by default the one that was typed; return the exit code."
     gc.set_threshold(10_000)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, and by processes started here
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
+            stream.reconfigure(errors="backslashreplace")
+    provide_home()
     return run_command(sys.argv[1:] if argv is None else argv)

@@ -58,6 +58,7 @@ def lab(args: argparse.Namespace) -> None:
     "Become a JupyterLab server in the folder of the notebooks; their runs go where `ebt runs` looks from here."
     import ebt_nb
     from ebt_nb.jobs.notebook_parameters import RUNS_DIR_VARIABLE
+    from ebt_nb.runs.preemption import JOB_MARK
 
     package = os.path.dirname(os.path.abspath(ebt_nb.__file__))
     checkout = os.path.join(os.path.dirname(package), "nbs")
@@ -65,5 +66,6 @@ def lab(args: argparse.Namespace) -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in args.rest:
         note = "ebt lab: JupyterLab does not start as root unless it is told to: `ebt lab --allow-root` passes this on"
         print(note, file=sys.stderr, flush=True)
+    os.environ.pop(JOB_MARK, None)  # a session is not queued again by what is run in it
     os.environ[RUNS_DIR_VARIABLE] = os.path.abspath(os.path.expanduser(default_runs_dir()))
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])

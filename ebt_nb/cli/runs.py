@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_RULES', 'runs', 'check_number_of_addresses', 'check_clean_options', 'list_runs', 'summarise_run',
-           'align_columns', 'absolute_path', 'show_run', 'newest_metrics', 'describe_run', 'describe_data',
-           'list_checkpoint_files', 'run_values', 'compare_runs', 'clean_runs', 'leftover_values', 'print_leftovers']
+           'align_columns', 'absolute_path', 'show_run', 'newest_metrics', 'observed_values', 'describe_run',
+           'describe_data', 'list_checkpoint_files', 'run_values', 'compare_runs', 'clean_runs', 'leftover_values',
+           'print_leftovers']
 
 # %% ../../nbs/cli/03_runs.ipynb #f55964a4
 import argparse
@@ -19,7 +20,7 @@ from ..runs.addresses import find_run, find_runs, matching_runs, read_each
 from ..runs.files import format_json
 from ..runs.folders import Run, checkpoint_step
 from ..runs.metrics import validation_losses
-from ..runs.status import may_be_running, read_status
+from ..runs.status import observed_status, read_status
 
 # %% ../../nbs/cli/03_runs.ipynb #b9a06b23
 @command(
@@ -116,10 +117,9 @@ def summarise_run(run: Run) -> dict[str, Any]:
     The status is `killed` where the folder says running and its process is gone.
     """
     status, metrics = read_status(run.dir), run.metrics
-    is_killed = status["status"] == "running" and not may_be_running(status)
     losses = validation_losses(metrics).values()
     return {
-        "status": "killed" if is_killed else status["status"],
+        "status": observed_status(status),
         "step": metrics[-1]["step"] if metrics else None,
         "lowest_val_loss": min(losses, default=None),
         "started": status["started"],
@@ -148,13 +148,19 @@ def newest_metrics(run: Run) -> dict[str, float]:
     return {name: value for row in run.metrics for name, value in row.items()}
 
 
+def observed_values(run: Run) -> dict[str, Any]:
+    "Return the content of a run's status.json; the status is `killed` where its process is gone."
+    status = read_status(run.dir)
+    return status | {"status": observed_status(status)}
+
+
 def describe_run(run: Run) -> list[str]:
     "Return the lines that describe a run: folder, status, model, data, checkpoints and newest metrics."
     newest = newest_metrics(run)
     model, data = run.config.model, run.config.data
     return [
         f"folder: {run.dir}",
-        *(f"{name}: {value}" for name, value in read_status(run.dir).items()),
+        *(f"{name}: {value}" for name, value in observed_values(run).items()),
         f"model: {model.kind} {model.size} ({model.layers} layers, width {model.width})",
         f"data: {describe_data(data)}",
         f"steps: {newest.get('step', 0)} of {run.config.trainer.max_steps}",
@@ -186,7 +192,7 @@ def run_values(run: Run) -> dict[str, Any]:
     newest = newest_metrics(run)
     return {
         "folder": str(run.dir),
-        **read_status(run.dir),
+        **observed_values(run),
         "step": newest.pop("step", 0),
         "checkpoints": [str(path) for path in run.checkpoints],
         "metrics": newest,

@@ -12,7 +12,7 @@ __all__ = ['TRUTH_WORDS', 'SHAPE_KEYS', 'DEFAULTS_FILE', 'PlainScalar', 'PlainLo
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -166,7 +166,7 @@ def format_value(value: Any) -> str:
     )
 
 # %% ../../nbs/config/07_overrides.ipynb #8769d972
-def parse_overrides(items: list[str] | dict[str, Any]) -> dict[str, Any]:
+def parse_overrides(items: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
     """Return dotted keys and values from ['model.size=xxs', ...] or from a dictionary.
 
     Raises ConfigError for an item without '='.
@@ -194,7 +194,7 @@ def takes_null(key: str) -> bool:
     return type_without_none(field_type(key)) is not field_type(key)
 
 # %% ../../nbs/config/07_overrides.ipynb #f102c7f1
-def override_config(config: RunConfig, settings: list[str] | dict[str, Any]) -> RunConfig:
+def override_config(config: RunConfig, settings: Sequence[str] | dict[str, Any]) -> RunConfig:
     """Return a configuration with dotted keys set; `model.kind` and `data.kind` may be among them.
 
     Raises ConfigError for an unknown key, a key of another kind, a wrong type or an impossible combination.
@@ -225,7 +225,7 @@ def _with_shape(settings: dict[str, Any]) -> dict[str, Any]:
     return shape | settings | ({"model.size": "custom"} if settings.keys() & set(SHAPE_KEYS) else {})
 
 
-def build_config(name: str, overrides: list[str] | dict[str, Any] = ()) -> RunConfig:
+def build_config(name: str, overrides: Sequence[str] | dict[str, Any] = ()) -> RunConfig:
     "Return the preset `name` with overrides. Raises ConfigError for an unknown preset, key, type or combination."
     if name not in PRESETS:
         raise ConfigError(f"{name!r}: no such preset{suggest(name, PRESETS)}; there are {', '.join(PRESETS)}")
@@ -285,12 +285,15 @@ def read_yaml_sections(path: Path | str) -> dict[str, Any]:
     return sections
 
 
-def read_yaml_file(path: Path | str) -> Any:
-    "Return what a YAML file holds, as `load_yaml` does. Raises ConfigError, naming the file, if it cannot be read."
+def read_yaml_file(path: Path | str, content: str = "configuration") -> Any:
+    """Return what a YAML file holds, as `load_yaml` does; `content` is what messages call it.
+
+    Raises ConfigError, naming the file, if it cannot be read.
+    """
     try:
         return load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read this file ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot read this {content} ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a YAML file: it is not text in UTF-8") from None
     except ConfigError as error:
@@ -333,7 +336,9 @@ def default_runs_dir() -> str:
     return load_defaults(path).get("run.runs_dir", "runs") if path else "runs"
 
 # %% ../../nbs/config/07_overrides.ipynb #bce4810a
-def merge_defaults(name: str | None, overrides: list[str] | dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def merge_defaults(
+    name: str | None, overrides: Sequence[str] | dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
     """Return the overrides of preset `name` with site-wide defaults below them.
 
     An explicit key wins, and an explicit size wins over default layers, width and heads. Defaults for keys that this

@@ -4,19 +4,29 @@
 
 # %% auto #0
 __all__ = ['Section', 'RunSection', 'OptimConfig', 'EnergyOptimConfig', 'TrainerConfig', 'LanguageTrainerConfig',
-           'EnergyLanguageTrainerConfig', 'TrackingConfig']
+           'EnergyLanguageTrainerConfig', 'find_project_problem', 'TrackingConfig']
 
 # %% ../../nbs/config/01_sections.ipynb #221cea99
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from .errors import find_path_fault, find_text_fault
 
 # %% ../../nbs/config/01_sections.ipynb #2992297c
 class Section(BaseModel):
     "Base of all sections: unknown keys are refused, and assignments are checked."
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_paths_are_text(cls, value):
+        if isinstance(value, Path) and (fault := find_text_fault(str(value))):
+            raise PydanticCustomError("path", "is no path: {fault}", {"fault": fault})
+        return value
 
 # %% ../../nbs/config/01_sections.ipynb #52af2259
 class RunSection(Section):
@@ -32,6 +42,13 @@ class RunSection(Section):
     defaults: str | None = Field(
         None, description="path of the ebt_defaults.yaml whose values were used; a record, not read again"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _check_stays_in_runs_dir(cls, name):
+        if fault := find_path_fault(name):
+            raise PydanticCustomError("name", "cannot be a folder below run.runs_dir: {fault}", {"fault": fault})
+        return name
 
 # %% ../../nbs/config/01_sections.ipynb #5a94cb8c
 class OptimConfig(Section):
@@ -65,7 +82,11 @@ class TrainerConfig(Section):
     max_steps: int = Field(1_000_000, ge=1, description="optimiser updates")
     accumulate_grad_batches: int = Field(1, ge=1, description="batches per update")
     gradient_clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field("32-true", description="number format")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(
+        "32-true",
+        description="number format; bf16-mixed is fast on a CPU only with AVX512_BF16 or AMX instructions, "
+        "16-mixed is for GPUs",
+    )
     accelerator: str = Field("auto", description="'auto', 'cpu', 'gpu'")
     devices: int = Field(1, ge=1, description="devices per node")
     nodes: int = Field(1, ge=1, description="nodes")
@@ -134,14 +155,31 @@ class EnergyLanguageTrainerConfig(LanguageTrainerConfig):
         "null: chosen by size (all of them on a GPU)",
     )
 
+# %% ../../nbs/config/01_sections.ipynb #a63188ac
+def find_project_problem(name: str) -> str | None:
+    "Return why Weights & Biases does not take a name for a project; None if it does."
+    refused = [character for character in "/\\#?%:" if character in name]
+    if not name.strip():
+        return "an empty name is none for a project; leave it out for the default"
+    if len(name) > 128:
+        return f"a name of {len(name)} characters is too long for a Weights & Biases project; 128 are allowed"
+    if refused or not name.isprintable():
+        found = " ".join(refused) or "control characters"
+        return f"{name!r} holds {found}, which Weights & Biases refuses in a project"
+    return None
+
 # %% ../../nbs/config/01_sections.ipynb #74b13ee9
 class TrackingConfig(Section):
     "Where metrics go besides the run folder's metrics.csv."
 
     wandb: Literal["off", "offline", "online", "auto"] = Field(
-        "off", description="Weights & Biases; 'auto' is online when logged in, else offline"
+        "off",
+        description="Weights & Biases; 'auto' is online when logged in and the server answers, else offline; "
+        "WANDB_MODE and WANDB_DISABLED in the environment may hold it back further",
     )
-    project: str = Field("ebt-workbench", description="Weights & Biases project")
+    project: str | None = Field(
+        None, description="Weights & Biases project; null: the environment's WANDB_PROJECT, or ebt-workbench"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
     watch_gradients: bool = Field(False, description="log gradient histograms to Weights & Biases")
 
@@ -149,3 +187,9 @@ class TrackingConfig(Section):
     @classmethod
     def _read_false_as_off(cls, value):
         return "off" if str(value).lower() == "false" else value  # Weights & Biases reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _check_project(self):
+        if self.project is not None and (problem := find_project_problem(self.project)):
+            raise ValueError(f"project: {problem}")
+        return self

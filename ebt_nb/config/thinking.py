@@ -76,6 +76,11 @@ class ThinkingConfig(Section):
         "float32", description="number format of the candidates in the replay buffer"
     )
 
+    @property
+    def max_training_steps(self) -> int:
+        "The largest number of thinking steps that a descent takes in training."
+        return self.steps - 1 + self.visits_max if self.visits_last_only else self.steps * self.visits_max
+
     @model_validator(mode="after")
     def _check_combinations(self):
         if self.visits_min > self.visits_max:
@@ -229,6 +234,12 @@ class GenerationConfig(Section):
         description="compile the step for one token as one graph of fixed shapes, which takes minutes once "
         "for each number of texts; for many long texts",
     )
+
+    @model_validator(mode="after")
+    def _check_stop(self):
+        if "" in self.stop:
+            raise ValueError("stop: an empty text is found in any text, and would end every completion; leave it out")
+        return self
 
 
 class EnergyGenerationConfig(GenerationConfig):

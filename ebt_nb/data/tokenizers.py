@@ -31,6 +31,17 @@ END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 PARAGRAPH_BREAK = re.compile(r"(?<=\n)(?=\n\S)")
 
 # %% ../../nbs/data/06_tokenizers.ipynb #fee3ea53
+def _check_holds_text(text: str) -> None:
+    "Raise DataError for half of a UTF-16 pair, as bytes that are no UTF-8 and broken JSON leave it in a text."
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        excerpt = text[max(0, error.start - 20) : error.end + 20]
+        raise DataError(
+            f"text: {excerpt!a} holds {text[error.start]!a}, which is no character; write the text as UTF-8"
+        ) from None
+
+
 class TextTokenizer:
     """A tokenizer from the content of a tokenizer.json.
 
@@ -66,16 +77,31 @@ class TextTokenizer:
         self.end_of_text_id: int = end_ids[0]
 
     def encode(self, text: str) -> list[int]:
-        "Return the token ids of a text; no special token is added."
-        return self.model.encode(text, add_special_tokens=False).ids
+        """Return the token ids of a text; no special token is added.
+
+        Raises DataError for a text that UTF-8 cannot hold.
+        """
+        try:
+            return self.model.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            _check_holds_text(text)
+            raise
 
     def decode(self, ids: list[int] | Int[np.ndarray, "length"] | Int[Tensor, "length"]) -> str:
         "Return the text of token ids; end-of-text shows as itself."
         return self.model.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        "Return the token ids of each of many texts; all threads are used."
-        return [encoded.ids for encoded in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        """Return the token ids of each of many texts; all threads are used.
+
+        Raises DataError for a text that UTF-8 cannot hold.
+        """
+        try:
+            return [encoded.ids for encoded in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError:
+            for text in texts:
+                _check_holds_text(text)
+            raise
 
     def encode_documents(self, documents: list[str]) -> Int[np.ndarray, "tokens"]:
         "Return the int32 tokens of documents one after another, each closed by end-of-text; all threads are used."

@@ -20,10 +20,10 @@ from .next_token import freeze_for_inference
 
 # %% ../../nbs/inference/09_lm_harness.ipynb #15d9f443
 def generator_with_options(generator: TextGenerator, options: dict[str, Any]) -> TextGenerator:
-    "Return a generator with the options of a request."
+    "Return a generator with the options of a request; empty texts in `until`, as some tasks have, end nothing."
     stops, generation = options.get("until") or [], generator.generation
     changes = dict(
-        stop=[stops] if isinstance(stops, str) else list(stops),
+        stop=[stop for stop in ([stops] if isinstance(stops, str) else stops) if stop],
         max_new_tokens=options.get("max_gen_toks", generation.max_new_tokens),
         echo=False,
         temperature=float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0,

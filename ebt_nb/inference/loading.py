@@ -15,6 +15,7 @@ from ..config.errors import ConfigError, suggest
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import override_config, parse_overrides
 from ..config.thinking import EnergyGenerationConfig, InferenceConfig
+from ..data.cache import log_line
 from ..training.base import TrainingModule
 from ..training.build import load_module
 
@@ -53,6 +54,7 @@ def override_inference_config(config: RunConfig, settings: list[str] | dict[str,
 def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> TrainingModule:
     """Return the module of a checkpoint file, with changed settings for inference; sets the number of threads.
 
+    Settings that go beyond what was trained are said in a line on standard error.
     Raises CheckpointError for a file that cannot be used, ConfigError as `override_inference_config` does.
     """
     module = load_module(checkpoint)
@@ -63,4 +65,6 @@ def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, A
         module.descent.inference = config.inference
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
+    for line in module.inference_notes():
+        log_line(line)
     return module

@@ -212,13 +212,17 @@ def find_incomplete_folders(root: Path, hours: float) -> list[Leftover]:
     return found
 
 
+def _holds_run(folder: Path) -> bool:
+    "Whether a run lies below a folder; hidden ones count."
+    return any(is_run_folder(path.parent) for path in walk_files(folder, "config.yaml", include_hidden=True))
+
+
 def find_experiments_without_runs(root: Path, hours: float) -> list[Leftover]:
     "Return experiment folders (a status, no configuration) that failed or were interrupted and hold no run."
     found = []
     for path in sorted(walk_files(root, "status.json")):
         folder = path.parent
-        holds_runs = any(is_run_folder(config.parent) for config in walk_files(folder, "config.yaml"))
-        if holds_runs or folder == root or is_busy(folder, root, hours):
+        if is_run_folder(folder) or folder == root or _holds_run(folder) or is_busy(folder, root, hours):
             continue
         status = read_status(folder)
         if status["status"] == "done":
@@ -231,6 +235,17 @@ def find_experiments_without_runs(root: Path, hours: float) -> list[Leftover]:
     return found
 
 # %% ../../nbs/jobs/17_cleanup.ipynb #eaee7e5c
+def _runs_below(root: Path, address: str) -> list[Run]:
+    "The runs at an address. Raises RunError for one that does not lie below `root`: what is around it is not known."
+    real_root, runs = root.resolve(), []
+    for run in matching_runs(address, root):
+        real_folder = run.dir.resolve()
+        if not real_folder.is_relative_to(real_root) or real_folder == real_root:
+            raise RunError(f"{address}: lies outside of {root}; give the folder of its runs with --runs-dir")
+        runs.append(Run(root / real_folder.relative_to(real_root)))
+    return runs
+
+
 def find_leftovers(
     runs_dir: Path | str = "runs",
     rules: Iterable[str] = ("failed", "empty", "checkpoints"),
@@ -253,7 +268,7 @@ def find_leftovers(
     all_runs = find_runs(root)
     selected = {run.dir: run for run in all_runs}
     if addresses:
-        selected = {run.dir: run for address in addresses for run in matching_runs(address, root)}
+        selected = {run.dir: run for address in addresses for run in _runs_below(root, address)}
     needed = find_weight_sources(all_runs, root)
 
     def find_leftovers_of_run(run: Run) -> list[Leftover]:

@@ -15,7 +15,7 @@ from ..runs.addresses import read_each
 from ..runs.files import RunError
 from ..runs.folders import Run
 from ..runs.metrics import validation_losses
-from ..runs.status import read_status
+from ..runs.status import observed_status, read_status
 
 # %% ../../nbs/jobs/16_comparison.ipynb #fa1a7078
 def flatten_config(run: Run) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _describe_run(run: Run, root: Path) -> dict[str, Any]:
     status = read_status(run.dir)
     return {
         "run": run.dir.relative_to(root).as_posix() if run.dir.is_relative_to(root) else str(run.dir),
-        "status": status["status"],
+        "status": observed_status(status),
         "step": max((row["step"] for row in run.metrics), default=0),
         "started": status["started"],
     }

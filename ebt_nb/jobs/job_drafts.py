@@ -17,9 +17,10 @@ from pathlib import Path
 from ..config.errors import suggest
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import format_value
-from .notebook_parameters import NotebookJob, plan_job
+from .notebook_parameters import NotebookJob, job_folder_name, plan_job
 from .sbatch_options import SubmitError, gpu_options, option_group, read_script, remove_comments
 from ..runs.files import unique_folder_name
+from ..runs.preemption import EBT_COMMAND
 from ..runs.status import format_status
 
 # %% ../../nbs/jobs/07_job_drafts.ipynb #d3d3f23f
@@ -51,7 +52,7 @@ def find_ebt_command() -> list[str]:
     program = Path(sys.executable).with_name("ebt")
     if program.is_file():
         return [str(program)]
-    return [sys.executable, "-c", "from ebt_nb.cli.main import main; raise SystemExit(main())"]
+    return EBT_COMMAND
 
 
 def settings_as_arguments(job: NotebookJob, names: Sequence[str]) -> list[str]:
@@ -190,7 +191,7 @@ def draft_script_job(
     if arguments and not tasks:
         head += shlex.join(["set", "--", *arguments]) + "\n"
     return JobDraft(
-        folder=Path(runs_dir or "runs").expanduser().absolute() / path.stem / unique_folder_name(),
+        folder=Path(runs_dir or "runs").expanduser().absolute() / job_folder_name(path) / unique_folder_name(),
         options={"job-name": path.stem} | options,
         body=head + body,
         task_setups=[_format_task_setup(task, arguments) for task in tasks],

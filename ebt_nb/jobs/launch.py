@@ -9,43 +9,45 @@ __all__ = ['TORCHRUN_COMMAND', 'RANK_COMMAND', 'build_launcher_command', 'overri
 # %% ../../nbs/jobs/04_launch.ipynb #99ba8984
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
+from ..config.overrides import format_value
 from .parallel import read_failure_reason
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder
-from ..runs.preemption import STOP_SIGNALS, JobInterrupted, folders_of_this_job, is_restarted_job
+from ebt_nb.runs.preemption import (
+    EBT_COMMAND,
+    PYTHON,
+    STOP_SIGNALS,
+    JobInterrupted,
+    folders_of_this_job,
+    is_restarted_job,
+)
 from ..runs.status import read_status
 from ..training.callbacks import quiet_lightning
 from ..training.estimate import check_memory_and_disk
 from ..training.fit import fit, prepare_training
-from ..training.run_folder import find_start_checkpoint
+from ..training.run_folder import close_status, find_start_checkpoint
 from ..training.trainer import detect_launcher
 
 # %% ../../nbs/jobs/04_launch.ipynb #f9de8d15
 # torchrun, which ends with the process that started it
 TORCHRUN_COMMAND = [
-    sys.executable,
+    *PYTHON,
     "-c",
     "from ebt_nb.runs.preemption import terminate_with_parent; terminate_with_parent(); "
     "from torch.distributed.run import main; main()",
     "--standalone",
     "--no-python",
 ]
-RANK_COMMAND = [
-    sys.executable,
-    "-c",
-    "from ebt_nb.cli.main import main; raise SystemExit(main())",
-    "train",
-    "--as-rank",
-]
+RANK_COMMAND = [*EBT_COMMAND, "train", "--as-rank"]
 
 
 def build_launcher_command(config: RunConfig) -> list[str]:
@@ -62,6 +64,8 @@ def build_launcher_command(config: RunConfig) -> list[str]:
                 f"submit it with `sbatch --nodes={nodes}` or `ebt submit --sbatch nodes={nodes}`, "
                 f"or set trainer.nodes={allocated_nodes}"
             )
+        if not shutil.which("srun"):
+            return _torchrun_without_srun(config)
         command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * devices}", f"--ntasks-per-node={devices}"]
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not use it by itself
         if cpus:
@@ -73,6 +77,16 @@ def build_launcher_command(config: RunConfig) -> list[str]:
             "(`ebt submit`, sbatch); set trainer.nodes=1 to train on this machine"
         )
     return [*TORCHRUN_COMMAND, f"--nproc-per-node={devices}"]
+
+
+def _torchrun_without_srun(config: RunConfig) -> list[str]:
+    "The command for a Slurm job in which srun is missing, as in many containers: it reaches this machine only."
+    if config.trainer.nodes > 1:
+        raise ConfigError(
+            f"trainer.nodes: {config.trainer.nodes} nodes of this Slurm job are reached through srun, which is not on "
+            "the PATH; add its folder to PATH, or set trainer.nodes=1 to train on this machine"
+        )
+    return [*TORCHRUN_COMMAND, f"--nproc-per-node={config.trainer.devices}"]
 
 # %% ../../nbs/jobs/04_launch.ipynb #1530aa5c
 def override_arguments(before: RunConfig, after: RunConfig) -> list[str]:
@@ -128,7 +142,8 @@ def launch(
     find_start_checkpoint(config, run, resume, data)
     check_memory_and_disk(config, trainer.strategy.root_device.type, run and run.dir)
     run = run or Run.create(config)
-    process = _start_ranks(command, run, config, resume)
+    with close_status(run):
+        process = _start_ranks(command, run, config, resume)
     stop_signal = signal.SIGUSR1 if command[0] == "srun" else signal.SIGTERM
     with forward_signals(process, stop_signal) as received, process.stdout:
         for line in process.stdout:

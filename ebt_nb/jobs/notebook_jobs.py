@@ -26,8 +26,8 @@ from ..config.kinds import RunConfig
 from .notebook_parameters import NotebookJob, find_notebook, plan_job
 from .reports import finish_report, prepare_report
 from ..runs.files import RunError, create_folder
-from ..runs.preemption import STOP_SIGNALS, JobInterrupted, folders_of_this_job
-from ..runs.status import format_status, may_be_running, read_status, slurm_task_id, write_status
+from ..runs.preemption import STOP_SIGNALS, JobInterrupted, folders_of_this_job, submitted_task_id
+from ..runs.status import format_status, may_be_running, read_status, write_status
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -263,7 +263,7 @@ def claim_folder(job: NotebookJob, details: dict[str, Any]) -> None:
         raise RunError(f"{folder}: is the folder of {owner}, not of {name}; give another --folder")
     if status["status"] == "done":
         raise RunError(f"{folder}: {name} is already done in it, and nothing is overwritten; give another --folder")
-    is_same_slurm_task = slurm_task_id() is not None and status.get("job") == slurm_task_id()
+    is_same_slurm_task = submitted_task_id() is not None and status.get("job") == submitted_task_id()
     if may_be_running(status) and not is_same_slurm_task:
         raise RunError(
             f"{folder}: {name} may still be running in it ({status.get('process')}); "

@@ -6,13 +6,15 @@
 __all__ = ['OTHER_KERNELS', 'RESERVED_PARAMETERS', 'RUNS_DIR_VARIABLE', 'NotebookError', 'find_experiments_folder',
            'find_notebook', 'Parameter', 'read_notebook_parameters', 'check_language', 'evaluate_default',
            'convert_parameter', 'make_path_absolute', 'absolute_if_exists', 'make_parameter_absolute',
-           'list_named_sources', 'split_settings', 'find_runs_dir', 'choose_run_dir', 'NotebookJob', 'plan_job']
+           'list_named_sources', 'split_settings', 'find_runs_dir', 'choose_run_dir', 'NotebookJob', 'job_folder_name',
+           'plan_job']
 
 # %% ../../nbs/jobs/01_notebook_parameters.ipynb #7eecb2ea
 import ast
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -223,7 +225,7 @@ RESERVED_PARAMETERS = {
 
 
 def split_settings(
-    settings: list[str] | dict[str, Any], declared: dict[str, Parameter], notebook: str
+    settings: Sequence[str] | dict[str, Any], declared: dict[str, Parameter], notebook: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split settings into values of the notebook's own parameters and configuration overrides.
 
@@ -294,10 +296,15 @@ class NotebookJob:
     config: RunConfig | None
 
 
+def job_folder_name(path: Path) -> str:
+    "Return the name of the folder for jobs of a script or notebook: its own, not hidden, so that commands see it."
+    return path.stem.strip(". ") or "job"
+
+
 def plan_job(
     notebook: str | Path,
     preset: str | None = None,
-    settings: list[str] | dict[str, Any] = (),
+    settings: Sequence[str] | dict[str, Any] = (),
     runs_dir: Path | str | None = None,
     folder: Path | str | None = None,
 ) -> NotebookJob:
@@ -322,7 +329,7 @@ def plan_job(
     config = build_config(preset, overrides) if preset else None
     if folder is None:
         root = config.run.runs_dir if config else Path(runs_dir or default_runs_dir())
-        folder = root / (config.run.name if config else path.stem) / unique_folder_name()
+        folder = root / (config.run.name if config else job_folder_name(path)) / unique_folder_name()
     folder = Path(folder).expanduser().absolute()
     reserved = {"preset": preset, "overrides": overrides, "run_dir": str(folder)}
     parameters |= {name: value for name, value in reserved.items() if name in declared}

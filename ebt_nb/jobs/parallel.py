@@ -9,18 +9,17 @@ __all__ = ['TRAIN_COMMAND', 'POLL_SECONDS', 'open_or_create_run', 'count_cores',
 # %% ../../nbs/jobs/03_parallel.ipynb #4eed5994
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_path_fault
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import differing_keys, override_config
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder
 from ..runs.metrics import validation_losses
-from ..runs.preemption import raise_on_stop_signals
+from ..runs.preemption import EBT_COMMAND, raise_on_stop_signals
 from ..runs.status import read_status
 
 # %% ../../nbs/jobs/03_parallel.ipynb #7aedb7b7
@@ -56,14 +55,7 @@ def share_threads(config: RunConfig, processes: int) -> RunConfig:
     return override_config(config, {"trainer.threads": max(1, count_cores() // processes)})
 
 # %% ../../nbs/jobs/03_parallel.ipynb #f3cf23c1
-TRAIN_COMMAND = [
-    sys.executable,
-    "-c",
-    "from ebt_nb.cli.main import main; raise SystemExit(main())",
-    "train",
-    "--as-part",
-    "--resume",
-]
+TRAIN_COMMAND = [*EBT_COMMAND, "train", "--as-part", "--resume"]
 POLL_SECONDS = 0.2
 
 
@@ -83,6 +75,9 @@ def fit_many(
     """
     if processes < 1:
         raise WorkbenchError(f"processes: {processes} processes cannot train; give at least 1")
+    for name in configs:
+        if fault := find_path_fault(name):
+            raise RunError(f"{name!r}: cannot be the folder of a run below {folder}: {fault}")
     runs = {}
     for name, config in configs.items():
         runs[name] = open_or_create_run(Path(folder) / name, share_threads(config, processes))

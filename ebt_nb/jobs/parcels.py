@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_path_fault
 from ..config.overrides import load_config
 from ..runs.files import create_folder, join_names
 from ..runs.folders import Run, checkpoint_step, is_run_folder
@@ -86,8 +86,19 @@ def _write_checksums(parcel: Path) -> None:
 
 # %% ../../nbs/jobs/18_parcels.ipynb #09721bed
 def get_run_id(folder: Path) -> str:
-    "Return the id of a run: the name of its folder, or what its parcel says."
-    return read_status(folder).get("run", folder.name).rpartition("/")[2]
+    """Return the id of a run: the name of its folder, or what its parcel says.
+
+    Raises RemoteError if the parcel says something that cannot be a folder.
+    """
+    return _run_path(folder, folder.name).rpartition("/")[2]
+
+
+def _run_path(folder: Path, default: str) -> str:
+    "The path of a run below a folder of runs, as the status.json in `folder` says, or `default`."
+    path = read_status(folder).get("run", default)
+    if fault := find_path_fault(path):
+        raise RemoteError(f"{folder}: the name of its run, {path!r}, cannot be a folder: {fault}")
+    return path
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -127,6 +138,8 @@ def verify_parcel(parcel: Path) -> None:
     damaged = []
     for line in lines:
         digest, _, name = line.partition("  ")
+        if fault := find_path_fault(name):
+            raise RemoteError(f"{parcel / 'sha256sums'}: {name!r} is no file of a parcel: {fault}")
         if not (parcel / name).is_file() or compute_sha256(parcel / name) != digest:
             damaged.append(name)
     if damaged:
@@ -152,9 +165,11 @@ def import_parcel(parcel: Path, root: Path, log_line: Callable[[str], None] = pr
     Raises RemoteError when the parcel is damaged, or the run has another checkpoint of that name.
     """
     verify_parcel(parcel)
-    checkpoint = next(parcel.glob("checkpoints/*.ckpt"))
+    checkpoint = next(parcel.glob("checkpoints/*.ckpt"), None)
+    if checkpoint is None:
+        raise RemoteError(f"{parcel}: is not a parcel of a checkpoint (its folder checkpoints/ holds none)")
     default_name = f"{load_config(parcel / 'config.yaml').run.name}/{parcel.name}"
-    folder = root / read_status(parcel).get("run", default_name)
+    folder = root / _run_path(parcel, default_name)
     target = folder / "checkpoints" / checkpoint.name
     if target.exists():
         if compute_sha256(target) != compute_sha256(checkpoint):

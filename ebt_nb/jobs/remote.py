@@ -30,6 +30,7 @@ from ..runs.addresses import find_checkpoints
 from ..runs.files import join_names
 from ..runs.folders import CHECKPOINT_SELECTOR, Run, checkpoint_step, is_run_folder
 from ..runs.metrics import read_metrics, validation_losses
+from ..runs.wandb_runs import resolve_wandb_mode
 
 # %% ../../nbs/jobs/19_remote.ipynb #821391b8
 def copy_to_folder(parcel: Path, name: str, target: Path) -> str:
@@ -184,9 +185,11 @@ def _send_parcel(parcel: Path, checkpoint: Path, target: str) -> str:
         if named.is_file() and checkpoint_step(named) == checkpoint_step(checkpoint):
             aliases.append(alias)
     project = target.removeprefix("wdb:")
-    if run.config.tracking.wandb == "offline":
-        return send_to_wandb(parcel, project, aliases, checkpoint.parent.parent, "offline")
-    return send_to_wandb(parcel, project, aliases, parcel.parent)
+    mode = resolve_wandb_mode("offline" if run.config.tracking.wandb == "offline" else "online")
+    if mode == "off":
+        raise RemoteError(f"{target}: WANDB_MODE or WANDB_DISABLED switches Weights & Biases off; unset it to send")
+    folder = checkpoint.parent.parent if mode == "offline" else parcel.parent
+    return send_to_wandb(parcel, project, aliases, folder, mode)
 
 # %% ../../nbs/jobs/19_remote.ipynb #5a79ef8a
 def pull_checkpoints(source: str, runs_dir: Path | str = "runs", log_line: Callable[[str], None] = print) -> Run:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGE_FIELDS', 'NORMAL_FIELDS', 'BETA_FIELDS', 'DISTRIBUTIONS', 'QUANTILE_FUNCTIONS', 'PLAIN_DISTRIBUTIONS',
-           'SweepError', 'check_keys', 'interpolate', 'log_interpolate', 'normal_quantile', 'beta_quantile',
-           'categorical_quantile', 'weighted_quantile', 'SweepParameter', 'import_optuna', 'parse_parameter',
-           'infer_distribution', 'check_numbers', 'check_values', 'check_plain_values']
+           'FIELD_TYPES', 'SweepError', 'check_keys', 'interpolate', 'log_interpolate', 'normal_quantile',
+           'beta_quantile', 'categorical_quantile', 'weighted_quantile', 'SweepParameter', 'import_optuna',
+           'parse_parameter', 'infer_distribution', 'check_numbers', 'check_values', 'check_plain_values',
+           'convert_spec']
 
 # %% ../../nbs/jobs/09_sweep_parameters.ipynb #e49dfb94
 import itertools
@@ -19,6 +20,7 @@ from statistics import NormalDist
 from typing import Any
 
 from ..config.errors import WorkbenchError, suggest
+from ..config.overrides import PlainScalar, convert_text, convert_yaml, field_type, type_without_none
 from ..training.trackers import import_optional
 
 # %% ../../nbs/jobs/09_sweep_parameters.ipynb #98a7eb8f
@@ -273,3 +275,61 @@ def check_plain_values(path: str, values: list) -> None:
     for index, code in enumerate(codes):
         if code in codes[:index]:
             raise SweepError(f"{path}: {values[index]!r} is listed twice")
+
+# %% ../../nbs/jobs/09_sweep_parameters.ipynb #892baa47
+FIELD_TYPES = {
+    "run_cap": int,
+    "target": float,
+    "eta": float,
+    "strict": bool,
+    "min_iter": int,
+    "max_iter": int,
+    "s": int,
+}
+
+
+def convert_spec(spec: Any) -> Any:
+    "Return the content of a sweep file with every PlainScalar in it converted to the type that stands at its place."
+    if not isinstance(spec, dict):
+        return spec
+    converted = {}
+    for name, part in spec.items():
+        if name == "parameters" and isinstance(part, dict):
+            part = _convert_parameters(part)
+        elif name == "command" and isinstance(part, list):
+            part = [str(word) if isinstance(word, str) else word for word in part]
+        elif isinstance(part, dict):
+            part = {str(key): convert_yaml(value, FIELD_TYPES.get(key, str)) for key, value in part.items()}
+        else:
+            part = convert_yaml(part, FIELD_TYPES.get(name, str))
+        converted[str(name)] = part
+    return converted
+
+
+def _convert_parameters(parameters: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    converted = {}
+    for name, spec in parameters.items():
+        if not isinstance(spec, dict):
+            spec = convert_yaml(spec, str)
+        elif isinstance(spec.get("parameters"), dict):
+            spec = {str(key): part for key, part in spec.items()}
+            spec["parameters"] = _convert_parameters(spec["parameters"], f"{prefix}{name}.")
+        else:
+            key_type = field_type(f"{prefix}{name}")
+            spec = {str(key): _convert_field(key, part, key_type) for key, part in spec.items()}
+        converted[str(name)] = spec
+    return converted
+
+
+def _convert_field(name: str, value: Any, key_type: Any) -> Any:
+    "Return the field of a distribution, whose values have the type of the key that is searched."
+    if name == "value":
+        return convert_yaml(value, key_type)
+    if name == "values":
+        return convert_yaml(value, list[key_type])
+    if name == "probabilities":
+        return convert_yaml(value, list[float])
+    if name == "distribution" or not isinstance(value, PlainScalar):
+        return convert_yaml(value, str)
+    is_whole = type_without_none(key_type) is int and "." not in value
+    return convert_text(str(value), int if is_whole else float)

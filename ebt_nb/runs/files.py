@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, find_text_fault
 
 # %% ../../nbs/runs/00_files.ipynb #53fed9db
 class RunError(WorkbenchError):
@@ -73,6 +73,10 @@ def create_folder(folder: Path | str, files: dict[str, str], subfolders: Iterabl
     Raises RunError, leaving nothing behind, when the folder cannot be created or is not empty.
     """
     folder = Path(folder).expanduser().absolute()
+    if fault := find_text_fault(str(folder)):
+        raise RunError(
+            f"{str(folder)!a}: cannot create this folder: {fault}; rename it, or choose another with --runs-dir"
+        )
     missing_parents = [parent for parent in folder.parents if not os.path.exists(parent)]  # innermost first
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp~")
     try:

@@ -198,6 +198,10 @@ class TrainingModule(MetricsModule):
         "Return lines to print before training, besides the usual ones."
         return []
 
+    def inference_notes(self) -> list[str]:
+        "Return a line for each setting of inference that goes beyond what is trained."
+        return []
+
     def num_units(self, batch: Batch) -> int:
         "Return the number of units in a batch (tokens or pictures), whether or not they count in the loss."
         raise NotImplementedError
@@ -262,6 +266,13 @@ class EnergyTrainingModule(TrainingModule):
         There is an entry for each field of a batch, and one called `candidate`.
         """
         raise NotImplementedError
+
+    def inference_notes(self) -> list[str]:
+        "Return a line if more thinking steps are asked for than training takes."
+        steps, trained = self.config.inference.steps or 0, self.config.thinking.max_training_steps
+        if steps <= trained:
+            return []
+        return [f"inference.steps: {steps} thinking steps, and training takes at most {trained}; more may be worse"]
 
     def setup(self, stage: str) -> None:
         """Allocate the replay buffer when training begins.

@@ -250,6 +250,7 @@ def quiet_lightning() -> Iterator[None]:
         "does not have many workers",
         "LeafSpec",
         "mixed precision",
+        "AMP with fp16",
         "exists and is not empty",
         "srun",
         "sync_dist",

@@ -36,14 +36,23 @@ from .callbacks import Console, MetricsRecorder, ProgressReporter, build_named_c
 from .checkpoint_saving import CheckpointSaver, StopSignals
 from .estimate import check_cache_space, check_memory_and_disk, format_bytes
 from ebt_nb.training.run_folder import (
+    close_status,
     create_shared_run,
     find_start_checkpoint,
     lock_run_folder,
     prepare_run_folder,
     record_outcome,
 )
-from .trackers import build_trackers, check_tracker_packages, code_version
-from .trainer import build_strategy, build_trainer, check_processes, use_threads
+from .trackers import build_trackers, check_trackers, code_version
+from ebt_nb.training.trainer import (
+    build_strategy,
+    build_trainer,
+    check_processes,
+    describe_slow_precision,
+    describe_unusual_amounts,
+    describe_unusual_lengths,
+    use_threads,
+)
 
 # %% ../../nbs/training/16_fit.ipynb #e803a859
 def prepare_training(
@@ -54,7 +63,7 @@ def prepare_training(
     With `single_process` the trainer has one process and the devices of the configuration are only checked: for a
     program that starts the ranks. Raises a WorkbenchError for everything that cannot be built.
     """
-    check_tracker_packages(config)
+    check_trackers(config)
     callbacks = build_named_callbacks(config)
     build_strategy(config)
     trainer_config = config
@@ -86,8 +95,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     )
 
 
-def describe_training(config: RunConfig, module: TrainingModule, device: str = "cpu") -> list[str]:
-    """Return lines that say what is trained, on a kind of device.
+def describe_training(
+    config: RunConfig, module: TrainingModule, device: str = "cpu", num_rows: dict[str, int] | None = None
+) -> list[str]:
+    """Return lines that say what is trained, on a kind of device and on this number of rows of each split.
 
     Raises ConfigError when steps are to be compiled and a compiler is missing.
     """
@@ -107,7 +118,9 @@ def describe_training(config: RunConfig, module: TrainingModule, device: str = "
             "training steps are compiled, which takes minutes at the first update, "
             "and at the first with any other number of thinking steps"
         )
-    return lines
+    lines += describe_slow_precision(config.trainer.precision, device)
+    lines += [*describe_unusual_lengths(config), *describe_unusual_amounts(config, num_rows or {})]
+    return [*lines, *module.inference_notes()]
 
 
 def _describe_update(config: RunConfig, module: TrainingModule) -> str:
@@ -165,14 +178,15 @@ def run_training(
         console.show = None if progress == "none" else print
         stop.notify = console.log_line
         console.log_line(f"run {run.dir}")
-        description = describe_training(config, module, trainer.strategy.root_device.type)
+        num_rows = {split: len(rows) for split, rows in data.splits.items()}
+        description = describe_training(config, module, trainer.strategy.root_device.type, num_rows)
         for line in [*description, *memory_and_disk, f"resumed at step {step}" if checkpoint else "new run"]:
             console.log_line(line)
     with stop, record_outcome(run, trainer, console, stop):
         if trainer.is_global_zero:
             summary = str(ModelSummary(module, max_depth=2))
             facts = dict(count_parameters(module.model), code=code_version(), model_summary=summary)
-            recorder.trackers = build_trackers(config, run.dir, facts)
+            recorder.trackers = build_trackers(config, run.dir, facts, console.log_line)
         failed = True
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -217,6 +231,7 @@ def fit(
         if run is None:
             run = create_shared_run(config, trainer)
             if trainer.is_global_zero:
+                stack.enter_context(close_status(run))
                 stack.enter_context(lock_run_folder(run.dir))
         all_callbacks = [*callbacks, *named_callbacks]
         run_training(run, config, module, data, all_callbacks, checkpoint, step, progress, memory_and_disk)

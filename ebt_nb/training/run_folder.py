@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS_FIXED_ON_RESUME', 'create_shared_run', 'check_resumable', 'find_start_checkpoint', 'lock_run_folder',
-           'prepare_run_folder', 'record_outcome']
+           'prepare_run_folder', 'record_outcome', 'close_status']
 
 # %% ../../nbs/training/15_run_folder.ipynb #200c072a
 import contextlib
@@ -25,7 +25,7 @@ from ..runs.files import RunError, write_atomically
 from ..runs.folders import Run
 from ..runs.metrics import MetricsFile
 from ..runs.preemption import JobInterrupted
-from ..runs.status import read_status
+from ..runs.status import current_process, read_status
 from .build import get_model_kind
 from .callbacks import Console
 from .checkpoint_saving import StopRequested, StopSignals
@@ -194,3 +194,21 @@ def record_outcome(run: Run, trainer: pl.Trainer, console: Console, stop: StopSi
             error.add_note(f"The status of the run could not be written either: {second_error}")
         raise
     record("done", f"{run.dir}")
+
+# %% ../../nbs/training/15_run_folder.ipynb #9661009f
+@contextlib.contextmanager
+def close_status(run: Run) -> Iterator[None]:
+    """Mark the run as failed or interrupted when the block raises and its status still says that this process runs it.
+
+    An outcome that was recorded inside the block stays, and so does the status of a run that was refused unchanged.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if read_status(run.dir).get("process") == current_process():
+            status = "failed" if isinstance(error, Exception) else "interrupted"
+            try:
+                run.set_status(status, error=f"{type(error).__name__}: {error}")
+            except WorkbenchError as second_error:
+                error.add_note(f"The status of the run could not be written either: {second_error}")
+        raise

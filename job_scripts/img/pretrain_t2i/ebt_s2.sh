@@ -5,7 +5,7 @@
 #   bash job_scripts/img/pretrain_t2i/ebt_s2.sh -p data.source=coco-medium -p encoder.captions=clip:openai/clip-vit-base-patch32 -p encoder.caption_width=512
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
+if [ "${script##*/}" = slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 bash "$here/job_scripts/setup.sh"
 "$here/.venv/bin/ebt" encode --preset image/t2i_ebt_s2 "$@"

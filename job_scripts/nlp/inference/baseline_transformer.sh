@@ -5,7 +5,7 @@
 #   bash job_scripts/nlp/inference/baseline_transformer.sh text/transformer:best --prompt "It was" --tokens 60 --temperature 0.7
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
+if [ "${script##*/}" = slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 checkpoint=transformer:best
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi

@@ -5,7 +5,7 @@
 #   bash job_scripts/nlp/inference/ebt.sh text/ebt_s1:best --prompt "It was" --tokens 60 -p inference.steps=5 -p inference.samples=4
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
-if [ "${script##*/}" = slurm_script ]; then script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
+if [ "${script##*/}" = slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
 here=$(cd -P "$(dirname "${script%%.sh *}")/../../.." && pwd)
 checkpoint=ebt:best
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then checkpoint=$1; shift; fi
