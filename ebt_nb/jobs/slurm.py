@@ -56,8 +56,8 @@ def read_job_id(job: str) -> str:
         return job
     record = Path(job).expanduser() / "slurm.json"
     try:
-        return json.loads(record.read_text())["job"]
-    except (OSError, ValueError, KeyError):
+        return json.loads(record.read_text(encoding="utf-8"))["job"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise SubmitError(
             f"--after {job}: is neither the number of a job nor a folder from which `ebt submit` sent one (slurm.json)"
         ) from None

@@ -26,7 +26,8 @@ from .parallel import count_cores, open_or_create_run
 from .sweep_file import Sweep, format_settings
 from .sweep_parameters import SweepError, import_optuna
 from .sweep_study import lock_study, open_study, requeue_failed_trials
-from ..runs.files import write_atomically
+from ..runs.addresses import name_unreadable
+from ..runs.files import RunError, write_atomically
 from ..runs.folders import Run, is_run_folder
 from ..runs.preemption import EBT_COMMAND, JobInterrupted, is_restarted_job, raise_on_stop_signals, requeue_job
 from ..training.fit import fit
@@ -83,8 +84,11 @@ class SweepAgent:
             if not self.has_ended(agent):
                 continue
             run_folder = self.folder / frozen.user_attrs.get("run", "none")
-            if is_run_folder(run_folder) and Run.open(run_folder).status == "running":
-                Run.open(run_folder).set_status("interrupted", error="the process was killed")
+            try:
+                if is_run_folder(run_folder) and Run.open(run_folder).status == "running":
+                    Run.open(run_folder).set_status("interrupted", error="the process was killed")
+            except RunError as error:
+                name_unreadable(error)  # its trial has failed all the same
             trial = optuna.trial.Trial(self.study, frozen._trial_id)
             message = f"its agent ({agent}) was killed"
             self.record_outcome(trial, optuna.trial.TrialState.FAIL, error=message, stopped=True)
