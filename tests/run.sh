@@ -54,8 +54,8 @@ bad=$(sed -n '/^nbdev Tests Failed On The Following Notebooks/,$p' "$work/notebo
 if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
 passed=$((passed + notebooks - bad)) failed=$((failed + bad))
 
-echo "== tests"    # three processes for two cores: some tests wait for Slurm, or for a signal
-"$python" -m pytest -q -rs tests -m "not agreement" -n 3 --dist loadscope --no-loadscope-reorder --durations 25 \
+echo "== tests"
+"$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadscope --no-loadscope-reorder --durations 25 \
     --junitxml "$work/tests.xml"
 count_tests "$work/tests.xml"
 

@@ -26,7 +26,7 @@ from ..config.kinds import RunConfig
 from .notebook_parameters import NotebookJob, find_notebook, plan_job
 from .reports import finish_report, prepare_report
 from ..runs.files import RunError, create_folder
-from ..runs.preemption import STOP_SIGNALS, JobInterrupted, folders_of_this_job, submitted_task_id
+from ..runs.preemption import PYTHON, STOP_SIGNALS, JobInterrupted, folders_of_this_job, submitted_task_id
 from ..runs.status import format_status, may_be_running, read_status, write_status
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class SignalForwarder:
         from jupyter_client.kernelspec import KernelSpec
         from jupyter_client.manager import AsyncKernelManager
 
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        command = [*PYTHON, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
         class KernelManager(AsyncKernelManager):
             kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python")
