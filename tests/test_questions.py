@@ -333,7 +333,7 @@ def test_bad_questions_are_refused_by_name_and_nothing_is_written(tmp_path, rows
 
 
 @pytest.mark.parametrize(
-    "content, reason", [(b"", "is empty"), (b"{torn", "cannot be read as json"), (b"\xff\xfe", "not UTF-8")]
+    "content, reason", [(b"", "is empty"), (b"{torn", "line 1 is not JSON"), (b"\xff\xfe", "not UTF-8")]
 )
 def test_broken_files(tmp_path, content, reason):
     (tmp_path / "broken.jsonl").write_bytes(content)

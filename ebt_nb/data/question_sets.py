@@ -92,7 +92,8 @@ def find_question_set(source: str, data: DataConfig) -> QuestionSet:
 def load_questions(source: str, split: str, data: DataConfig) -> list[Question]:
     """Return the questions of a split of a named set, a path or a hub name.
 
-    The split is 'train', 'validation' or 'test'; 'all' is every question at a path or hub name. They come in the order
-    of the rows that `prepare_questions` writes. Raises DataError if there are none, or none with an answer.
+    The split is 'train', 'validation' or 'test'; 'all' is every question at a path, or of data.split of a hub name.
+    They come in the order of the rows that `prepare_questions` writes. Raises DataError if there are none, or none with
+    an answer.
     """
     return find_question_set(source, data).load(split, data)

@@ -104,10 +104,12 @@ class QuestionTable(QuestionSet):
 
     @cached_property
     def table_splits(self) -> dict[str, str]:
-        "The table's split that holds each of ours; those of the table are joined in 'all'."
+        "The table's split that holds each of ours; 'all' joins those of files, and is data.split of a hub data set."
         if self.given_splits:
             return self.given_splits
-        return {split: split for split in open_streams(self.source)[0]} | {"all": "all"}
+        return {split: split for split in open_streams(self.source)[0]} | {
+            "all": "train" if self.source.is_remote else "all"
+        }
 
     @property
     def takes_validation_from_train(self) -> bool:
