@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'COMMAND_ORDER', 'Argument', 'argument', 'Command', 'command', 'build_parser', 'positive_int',
            'check_working_folder', 'read_words', 'provide_home', 'parse_arguments', 'requeue_after_signal',
-           'describe_impossible_path', 'report_error', 'run_command', 'capture_command']
+           'describe_impossible_path', 'describe_hidden_library', 'report_error', 'run_command', 'capture_command']
 
 # %% ../../nbs/cli/00_commands.ipynb #d936aa77
 import argparse
 import errno
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -213,6 +214,20 @@ def describe_impossible_path(error: Exception) -> str | None:
     return None
 
 
+def describe_hidden_library(error: Exception) -> str | None:
+    "Return which file hides a library of the same name, if an import failed because of it; None for another error."
+    name = error.name if isinstance(error, ImportError) else getattr(getattr(error, "obj", None), "__name__", None)
+    package = (name or "").partition(".")[0]
+    file = getattr(sys.modules.get(package), "__file__", None)
+    distributions = importlib.metadata.packages_distributions().get(package)
+    if not file or not distributions:
+        return None
+    libraries = importlib.metadata.distribution(distributions[0]).locate_file("")
+    if os.path.realpath(file).startswith(os.path.realpath(libraries) + os.sep):
+        return None
+    return f"{file}: hides the library {package}; rename it, or take its folder out of PYTHONPATH"
+
+
 def report_error(error: Exception) -> int:
     "Print an error that the user can correct; return the exit code."
     print(f"ebt: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
@@ -242,8 +257,8 @@ def run_command(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, RuntimeError) as error:
-        problem = describe_impossible_path(error)
+    except (OSError, RuntimeError, ImportError, AttributeError) as error:
+        problem = describe_impossible_path(error) or describe_hidden_library(error)
         if problem is None:
             raise
         return report_error(WorkbenchError(problem))

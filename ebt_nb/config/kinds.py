@@ -333,7 +333,7 @@ def format_errors(error: ValidationError, config_class: type[RunConfig], data_ki
 
 # %% ../../nbs/config/05_kinds.ipynb #82e4bcdf
 def _refuse_kind(key: str, kind: Any, known: dict[str, Any], what: str) -> None:
-    if kind not in known:
+    if kind not in list(known):  # which compares; a dictionary refuses lists and dictionaries
         hint = suggest(str(kind), known)
         raise ConfigError(f"{key}: {kind!r} is not {what}; choose from {', '.join(known)}{hint}")
 

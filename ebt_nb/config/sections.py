@@ -7,6 +7,7 @@ __all__ = ['Section', 'RunSection', 'OptimConfig', 'EnergyOptimConfig', 'Trainer
            'EnergyLanguageTrainerConfig', 'find_project_problem', 'TrackingConfig']
 
 # %% ../../nbs/config/01_sections.ipynb #221cea99
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,6 @@ class RunSection(Section):
 
     name: str = Field(
         "run",
-        pattern=r"^[\w.\-]+(/[\w.\-]+)*$",
         description="folder below runs_dir; letters, digits, '.', '_', '-', and '/' between parts",
     )
     runs_dir: Path = Field(Path("runs"), description="folder in which run folders are made")
@@ -46,7 +46,10 @@ class RunSection(Section):
     @field_validator("name")
     @classmethod
     def _check_stays_in_runs_dir(cls, name):
-        if fault := find_path_fault(name):
+        fault = find_path_fault(name)
+        if not fault and (others := re.findall(r"[^\w.\-/]", name)):
+            fault = f"it holds {others[0]!r}; there may be letters, digits, '.', '_', '-', and '/' between parts"
+        if fault:
             raise PydanticCustomError("name", "cannot be a folder below run.runs_dir: {fault}", {"fault": fault})
         return name
 

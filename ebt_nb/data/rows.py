@@ -18,7 +18,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from ..config.errors import suggest
+from ..config.errors import first_line, suggest
 from .file_content import open_unpacked
 from .sources import DataError, Source, explain_read_errors
 
@@ -134,8 +134,9 @@ def read_rows(paths: list[str], loader: str, columns: tuple[str, ...] | None) ->
                             raise DataError(missing_column_message("text_column", path, column, list(row)))
                 yield {column: row.get(column) for column in columns} if columns else row
         except (pyarrow.ArrowException, OSError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path}: cannot be read as {loader} ({reason}); repair or remove the file") from error
+            raise DataError(
+                f"{path}: cannot be read as {loader} ({first_line(error)}); repair or remove the file"
+            ) from error
 
 # %% ../../nbs/data/03_rows.ipynb #0322fbdb
 def open_local_streams(source: Source, columns: tuple[str, ...] | None) -> dict[str, datasets.IterableDataset]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets.exceptions import DatasetNotFoundError
 
-from ..config.errors import WorkbenchError, suggest
+from ..config.errors import WorkbenchError, describe_error, suggest
 
 # %% ../../nbs/data/00_sources.ipynb #5b6d897e
 ASSETS = files("ebt_nb") / "assets"  # the embedded novels, questions, images and tokenizers
@@ -76,8 +76,7 @@ def short_hash(value: Any) -> str:
 # %% ../../nbs/data/00_sources.ipynb #cae25cb3
 def describe_read_error(source: Source, error: Exception) -> DataError:
     "Return a DataError with a remedy for what was raised while reading `source`."
-    message = (str(error).strip() or "no further message").splitlines()[0]
-    reason = f"{type(error).__name__}: {message}"
+    reason = describe_error(error)
     hint = suggest(source.name, KNOWN_SOURCE_NAMES)
     if isinstance(error, DatasetNotFoundError):
         return DataError(

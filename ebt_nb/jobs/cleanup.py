@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import ConfigError, WorkbenchError
+from ..config.errors import ConfigError, WorkbenchError, first_line
 from ..runs.addresses import find_runs, matching_runs, name_unreadable, read_each, split_address
 from ..runs.files import RunError, walk_files
 from ..runs.folders import Run, checkpoint_step, is_run_folder
@@ -163,7 +163,7 @@ def find_cleanup_reason(run: Run) -> tuple[str, str] | None:
         return None
     step, has_checkpoint = max((row["step"] for row in run.metrics), default=0), bool(run.checkpoints)
     if status["status"] == "failed":
-        return "failed", f"failed at step {step}: {_first_line(status.get('error', 'no error was recorded'))}"
+        return "failed", f"failed at step {step}: {_short_reason(status)}"
     if not run.metrics and not has_checkpoint:
         return "empty", "ended without a metric or a checkpoint"
     how = "killed" if status["status"] == "running" else "stopped"
@@ -171,8 +171,8 @@ def find_cleanup_reason(run: Run) -> tuple[str, str] | None:
     return "interrupted", f"{how} at step {step} of {run.config.trainer.max_steps}, {outlook}"
 
 
-def _first_line(error: Any) -> str:
-    return str(error).splitlines()[0][:100]
+def _short_reason(status: dict[str, Any]) -> str:
+    return first_line(status.get("error") or "no error was recorded")[:100]
 
 # %% ../../nbs/jobs/17_cleanup.ipynb #0cc7a9c5
 def find_removable_checkpoints(run: Run, keep: int | None) -> list[Leftover]:
@@ -224,13 +224,17 @@ def find_experiments_without_runs(root: Path, hours: float) -> list[Leftover]:
         folder = path.parent
         if is_run_folder(folder) or folder == root or _holds_run(folder) or is_busy(folder, root, hours):
             continue
-        status = read_status(folder)
+        try:
+            status = read_status(folder)
+        except RunError as error:
+            name_unreadable(error)
+            continue
         if status["status"] == "done":
             continue
         rule = "failed" if status["status"] == "failed" else "interrupted"
         reason = "experiment without a run in it"
         if "error" in status:
-            reason += f": {_first_line(status['error'])}"
+            reason += f": {_short_reason(status)}"
         found.append(Leftover(folder, rule, reason, count_freed_bytes(folder)))
     return found
 

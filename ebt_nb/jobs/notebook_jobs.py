@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KERNEL_ARGUMENTS', 'NotebookFailed', 'prepare_unless_embedded', 'prepare_data', 'Tee', 'create_section_announcer',
-           'SignalForwarder', 'kernel_arguments', 'execute_job', 'describe_failed_execution', 'find_stop_signal',
-           'claim_folder', 'read_saved_settings', 'find_folder_of_this_job', 'run_notebook', 'finish_job',
-           'print_summary', 'find_report']
+           'SignalForwarder', 'kernel_arguments', 'execute_job', 'open_console_log', 'describe_failed_execution',
+           'find_stop_signal', 'claim_folder', 'read_saved_settings', 'find_folder_of_this_job', 'run_notebook',
+           'finish_job', 'print_summary', 'find_report']
 
 # %% ../../nbs/jobs/02_notebook_jobs.ipynb #3a3a9988
 import json
@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config.data import TOKENIZER_SIZES
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, first_line
 from ..config.kinds import RunConfig
 from .notebook_parameters import NotebookJob, find_notebook, plan_job
 from .reports import finish_report, prepare_report
@@ -191,7 +192,7 @@ def execute_job(job: NotebookJob, notebook: "NotebookNode") -> None:
     from papermill.exceptions import PapermillExecutionError
 
     report = job.folder / "report.ipynb"
-    with open(job.folder / "console.log", "a", encoding="utf-8") as log, SignalForwarder() as forwarder:
+    with open_console_log(job.folder) as log, SignalForwarder() as forwarder:
         terminal = Tee(sys.stdout, log)
         announce_section = create_section_announcer(terminal)
 
@@ -222,14 +223,25 @@ def execute_job(job: NotebookJob, notebook: "NotebookNode") -> None:
             raise NotebookFailed(f"{error.ename}: {error.evalue}") from None
         except Exception as error:
             forwarder.raise_if_signalled()
-            traceback.print_exc(file=log)
+            with suppress(OSError):  # the disk may be full
+                traceback.print_exc(file=log)
             raise NotebookFailed(describe_failed_execution(error, job.folder)) from None
+
+
+@contextmanager
+def open_console_log(folder: Path) -> Iterator[TextIO]:
+    "Open the job's console.log to append to it. Raises NotebookFailed when it cannot be opened or written to its end."
+    try:
+        with open(folder / "console.log", "a", encoding="utf-8") as log:
+            yield log
+    except OSError as error:
+        raise NotebookFailed(describe_failed_execution(error, folder)) from None
 
 
 def describe_failed_execution(error: Exception, folder: Path) -> str:
     "Return in a line why a notebook could not be executed (to its end), although none of its cells failed."
     if isinstance(error, OSError):
-        return f"{folder}: the report cannot be written ({error.strerror or error}); free some space"
+        return f"{folder}: its report or log cannot be written ({error.strerror or error}); free some space"
     if isinstance(error, RuntimeError):
         return f"the notebook's process ended ({error}); often the memory was used up"
     return f"the notebook cannot be executed ({type(error).__name__}: {error}); console.log says where"
@@ -366,15 +378,14 @@ def finish_job(job: NotebookJob, status: str, details: dict[str, Any]) -> None:
     try:
         finish_report(job.folder / "report.ipynb")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        print(f"{job.folder}: report.html cannot be made from report.ipynb ({reason})", file=sys.stderr)
+        print(f"{job.folder}: report.html cannot be made from report.ipynb ({first_line(error)})", file=sys.stderr)
 
 
 def print_summary(folder: Path) -> None:
     "Print the job's summary.txt, unless the notebook printed that text itself, and where the report is."
     path = folder / "summary.txt"
-    summary = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    if summary not in (folder / "console.log").read_text(encoding="utf-8"):
+    summary = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if summary not in (folder / "console.log").read_text(encoding="utf-8", errors="replace"):
         print(f"\n{summary}")
     print(f"\nreport: {find_report(folder)}", flush=True)
 

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import ebt_nb
 from ..config.data import TOKENIZER_SIZES
-from ..config.errors import WorkbenchError, suggest
+from ..config.errors import WorkbenchError, describe_error, suggest
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import build_config, convert_text, default_runs_dir, parse_overrides
 from ..runs.files import create_folder, join_names, unique_folder_name
@@ -84,7 +84,7 @@ def read_notebook_parameters(notebook: Path) -> dict[str, Parameter]:
     try:
         statements = ast.parse(_parameters_source(notebook)).body
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = describe_error(error)
         raise NotebookError(f"{notebook}: this is not a readable notebook ({reason})") from None
     parameters = {}
     for statement in statements:

@@ -140,4 +140,4 @@ def read_failure_reason(run: Run) -> str:
     error = read_status(run.dir).get("error")
     if error:
         return error
-    return (run.dir / "process.log").read_text(encoding="utf-8").strip().rpartition("\n")[2]
+    return (run.dir / "process.log").read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]

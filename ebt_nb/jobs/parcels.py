@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..config.errors import WorkbenchError, find_path_fault
 from ..config.overrides import load_config
-from ..runs.files import create_folder, join_names
+from ..runs.files import create_folder, join_names, read_text
 from ..runs.folders import Run, checkpoint_step, is_run_folder
 from ..runs.metrics import read_metrics
 from ..runs.status import format_status, read_status
@@ -130,17 +130,13 @@ def metrics_up_to_step(path: Path, step: int) -> str:
 
 # %% ../../nbs/jobs/18_parcels.ipynb #b53df53b
 def verify_parcel(parcel: Path) -> None:
-    "Raise RemoteError unless every file that a parcel's sha256sums lists exists and has that checksum."
-    try:
-        lines = (parcel / "sha256sums").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise RemoteError(f"{parcel}: is not a parcel of a checkpoint (it has no sha256sums)") from None
+    "Raise RemoteError unless each file of a run in a parcel, and each file that sha256sums lists, has its checksum."
+    checksums = _read_checksums(parcel)
+    files = [path for name in ("config.yaml", "metrics.csv", "checkpoints/*.ckpt") for path in parcel.glob(name)]
+    names = {path.relative_to(parcel).as_posix() for path in files} | set(checksums)
     damaged = []
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        if fault := find_path_fault(name):
-            raise RemoteError(f"{parcel / 'sha256sums'}: {name!r} is no file of a parcel: {fault}")
-        if not (parcel / name).is_file() or compute_sha256(parcel / name) != digest:
+    for name in sorted(names):
+        if not (parcel / name).is_file() or compute_sha256(parcel / name) != checksums.get(name):
             damaged.append(name)
     if damaged:
         raise RemoteError(
@@ -149,26 +145,45 @@ def verify_parcel(parcel: Path) -> None:
         )
 
 
+def _read_checksums(parcel: Path) -> dict[str, str]:
+    "Return file name -> checksum from a parcel's sha256sums. Raises RemoteError for anything else in it."
+    path = parcel / "sha256sums"
+    try:
+        lines = read_text(path).splitlines()
+    except OSError:
+        raise RemoteError(f"{parcel}: is not a parcel of a checkpoint (it has no sha256sums)") from None
+    except ValueError as error:
+        raise RemoteError(f"{path}: holds no checksums ({error}); remove this folder and send it again") from None
+    checksums = {}
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if fault := find_path_fault(name):
+            raise RemoteError(f"{path}: {name!r} is no file of a parcel: {fault}")
+        checksums[name] = digest
+    return checksums
+
+
 def has_same_checkpoint(parcel: Path, other: Path) -> bool:
     "Whether two parcels hold the same checkpoint; their configurations may have been written at different times."
     return _checkpoint_checksums(parcel) == _checkpoint_checksums(other)
 
 
-def _checkpoint_checksums(parcel: Path) -> list[str]:
-    lines = (parcel / "sha256sums").read_text(encoding="utf-8").splitlines()
-    return sorted(line for line in lines if line.endswith(".ckpt"))
+def _checkpoint_checksums(parcel: Path) -> dict[str, str]:
+    return {name: digest for name, digest in _read_checksums(parcel).items() if name.endswith(".ckpt")}
 
 # %% ../../nbs/jobs/18_parcels.ipynb #078f754e
 def import_parcel(parcel: Path, root: Path, log_line: Callable[[str], None] = print) -> Run:
     """Add a parcel's checkpoint to its run below `root`, which is created if there is none; return the run.
 
-    Raises RemoteError when the parcel is damaged, or the run has another checkpoint of that name.
+    Raises RemoteError when the parcel is damaged, or the run has another checkpoint of that name; RunError when its
+    metrics cannot be read.
     """
     verify_parcel(parcel)
     checkpoint = next(parcel.glob("checkpoints/*.ckpt"), None)
     if checkpoint is None:
         raise RemoteError(f"{parcel}: is not a parcel of a checkpoint (its folder checkpoints/ holds none)")
     default_name = f"{load_config(parcel / 'config.yaml').run.name}/{parcel.name}"
+    read_metrics(parcel / "metrics.csv")  # a run whose metrics cannot be read would not be listed
     folder = root / _run_path(parcel, default_name)
     target = folder / "checkpoints" / checkpoint.name
     if target.exists():

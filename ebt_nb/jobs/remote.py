@@ -136,9 +136,8 @@ def send_to_wandb(parcel: Path, project: str, aliases: list[str], folder: Path, 
             if mode == "online":
                 logged.wait()
     except (wandb.errors.Error, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise RemoteError(
-            f"wdb:{project}: cannot send ({reason}); check `wandb login`, the project and the network"
+            f"wdb:{project}: cannot send ({first_line(error)}); check `wandb login`, the project and the network"
         ) from None
     outcome = "sent" if mode == "online" else "written offline; `wandb sync` sends it"
     return f"wdb:{project}/{run_id}:step={step}: {outcome}"

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, describe_error
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -38,7 +38,7 @@ def prepare_report(notebook: Path) -> "NotebookNode":
         for cell in report.cells:
             cell.metadata = nbformat.from_dict(cell.get("metadata") or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = describe_error(error)
         raise WorkbenchError(f"{notebook}: this is not a readable notebook ({reason})") from None
     report.cells = [
         cell for cell in report.cells if cell.cell_type != "raw" and COMMITTED_TAG not in cell.metadata.get("tags", [])

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from ..config.errors import describe_error
 from ..config.kinds import config_fields
 from ..config.overrides import differing_keys, load_config
 from .sweep_file import Sweep
@@ -39,7 +40,7 @@ def read_saved_spec(folder: Path | str) -> dict[str, Any]:
         if isinstance(spec["metric"]["name"], str) and isinstance(spec["parameters"], dict):
             return spec
         reason = "no metric or parameters"
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise SweepError(f"{path}: not the file of a sweep ({reason}); choose another folder")
 
@@ -97,7 +98,7 @@ def load_study(folder: Path | str) -> Any:
     try:
         return optuna.load_study(study_name="sweep", storage=_journal_storage(path))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = describe_error(error)
         raise SweepError(f"{path}: not the journal of a sweep, or damaged ({reason})") from None
 
 

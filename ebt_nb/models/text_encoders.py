@@ -16,10 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..config.data import EncoderConfig
-from ..config.errors import suggest
+from ..config.errors import describe_error, suggest
 from ebt_nb.models.pretrained import (
     EncoderError,
-    error_summary,
     import_optional,
     load_pretrained,
     network_fingerprint,
@@ -114,7 +113,7 @@ def load_tokenizer(source: str, key: str, vocab_size: int) -> Any:
         tokenizer = read_local_first(library.AutoTokenizer.from_pretrained, name, revision)
     except Exception as error:
         raise EncoderError(
-            f"{key}: {source}: its tokenizer cannot be read ({error_summary(error)}); keep tokenizer.json and "
+            f"{key}: {source}: its tokenizer cannot be read ({describe_error(error)}); keep tokenizer.json and "
             "tokenizer_config.json next to the weights"
         ) from error
     if not vocab_size / 2 < len(tokenizer) <= vocab_size:

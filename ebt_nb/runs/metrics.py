@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from .files import RunError, write_atomically
+from .files import RunError, read_text, write_atomically
 
 # %% ../../nbs/runs/02_metrics.ipynb #5838675a
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
@@ -22,7 +22,7 @@ def read_metrics(path: Path | str) -> list[dict[str, float]]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         return _parse_rows(text[: text.rfind("\n") + 1])
     except FileNotFoundError:
         return []

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .files import RunError, write_atomically
+from .files import RunError, read_text, write_atomically
 
 # %% ../../nbs/runs/01_status.ipynb #fab77a85
 Status = Literal["queued", "running", "done", "failed", "interrupted"]
@@ -68,7 +68,7 @@ def read_status(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / "status.json"
     try:
-        problem = find_status_problem(content := json.loads(path.read_text(encoding="utf-8")))
+        problem = find_status_problem(content := json.loads(read_text(path)))
     except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     if problem:
@@ -90,10 +90,10 @@ def find_status_problem(content: Any) -> str | None:
     for name, kind in DETAIL_TYPES.items():
         if not isinstance(content.get(name), kind | None):
             return f"{name} is no {kind.__name__}"
-    process = content.get("process") or {"host": "", "pid": 1}
-    if not isinstance(process.get("host"), str) or not isinstance(process.get("pid"), int):
-        return "process has no host and pid"
-    return None
+    process = content.get("process")
+    if process is None or (isinstance(process.get("host"), str) and isinstance(process.get("pid"), int)):
+        return None
+    return "process has no host and pid"
 
 
 def write_status(folder: Path | str, status: Status, **details: Any) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.errors import WorkbenchError, find_path_fault
+from ..config.errors import WorkbenchError, find_path_fault, first_line
 from ..config.sections import find_project_problem
 from .files import join_names
 from .folders import CHECKPOINT_SELECTOR
@@ -75,7 +75,7 @@ def check_wandb_environment(wandb: Any) -> None:
         try:
             wandb.Settings().update_from_env_vars({name: value})
         except (wandb.errors.Error, ValueError) as error:
-            problem = error.errors()[0]["msg"] if hasattr(error, "errors") else _first_line(error)
+            problem = error.errors()[0]["msg"] if hasattr(error, "errors") else first_line(error)
             raise WandbError(f"{name}: Weights & Biases does not take this value ({problem})") from None
 
 # %% ../../nbs/runs/04_wandb_runs.ipynb #1af77a77
@@ -138,7 +138,7 @@ def wandb_api() -> Any:
     try:
         return wandb.Api()
     except wandb.errors.Error as error:
-        raise WandbError(f"Weights & Biases: {str(error).splitlines()[0]} (`wandb login` logs in)") from None
+        raise WandbError(f"Weights & Biases: {first_line(error)} (`wandb login` logs in)") from None
 
 # %% ../../nbs/runs/04_wandb_runs.ipynb #f6baf961
 def find_wandb_run(api: Any, address: WandbAddress) -> Any:
@@ -167,18 +167,13 @@ def _query_runs(api: Any, project: str, **query: Any) -> list[Any]:
         return [run for run, _ in zip(api.runs(project, order="-created_at", **query), range(50))]
     except Exception as error:
         raise WandbError(
-            f"wdb:{project}: the server returned no runs ({_first_line(error)}); "
+            f"wdb:{project}: the server returned no runs ({first_line(error)}); "
             "check the name of the project, `wandb login` and the network"
         ) from None
 
 
 def _describe_run(run: Any) -> str:
     return f"{run.id} ({run.name}, {run.state})"
-
-
-def _first_line(error: Exception) -> str:
-    "The first line of an error's message, or its type if it has none."
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 # %% ../../nbs/runs/04_wandb_runs.ipynb #a5101821
 @dataclass(frozen=True)
@@ -329,7 +324,7 @@ def download_to_cache(folder: Path, checkpoint: WandbCheckpoint, address: str) -
         raise
     except Exception as error:
         raise WandbError(
-            f"{address}: cannot download {checkpoint.label} to {folder} ({_first_line(error)}); "
+            f"{address}: cannot download {checkpoint.label} to {folder} ({first_line(error)}); "
             "check the network and free space, and try again"
         ) from None
     finally:

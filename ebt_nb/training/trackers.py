@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..config.errors import WorkbenchError
+from ..config.errors import WorkbenchError, first_line
 from ..config.kinds import RunConfig
 from ..runs.wandb_runs import check_wandb_environment, resolve_wandb_mode, resolve_wandb_project
 
@@ -60,7 +60,7 @@ def find_login_problem(wandb: Any, ask_server: bool) -> str | None:
     try:
         has_key = wandb.login(prompt=False, verify=ask_server)
     except wandb.Error as error:
-        return _first_line(error)
+        return first_line(error)
     return None if has_key else "nobody is logged in"
 
 
@@ -68,10 +68,6 @@ def wandb_settings(wandb: Any, **timeouts: float | bool) -> Any:
     "Return settings of a run, quiet and with these timeouts, except those that the environment sets itself."
     free = {name: value for name, value in timeouts.items() if f"WANDB_{name.upper()}" not in os.environ}
     return wandb.Settings(console="off", silent=True, finish_timeout_raises=True, **free)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 # %% ../../nbs/training/10_trackers.ipynb #efb8107c
 class WandbTracker:
@@ -109,7 +105,7 @@ class WandbTracker:
             return self.init(options, mode)
         except self.wandb.Error as error:
             raise WorkbenchError(
-                f"tracking.wandb: cannot start a run ({_first_line(error)}); "
+                f"tracking.wandb: cannot start a run ({first_line(error)}); "
                 "log in with `wandb login`, or set tracking.wandb=offline"
             ) from None
 
@@ -125,7 +121,7 @@ class WandbTracker:
             try:
                 return self.init(options, "online", init_timeout=INIT_TIMEOUT)
             except self.wandb.Error as error:
-                problem = _first_line(error)
+                problem = first_line(error)
                 self.wandb.teardown()  # the library would go on trying, and refuse the id of this run
                 for folder in set(self.folder.glob("wandb/run-*")) - earlier:
                     shutil.rmtree(folder)
