@@ -43,8 +43,8 @@ LEFTOVER_NAMES = {
     "lost+found",
 }
 DOCUMENTATION = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|changes|citation|contributing|authors|code_of_conduct|security"
-    r"|dataset_?card|datasheet|datacard)([^a-z].*)?|dataset_(dict|infos?)\.json|state\.json",
+    r"(readme|licen[cs]e)([^a-z].*)?|dataset_(dict|infos?)\.json|state\.json"
+    r"|(copying|notice|changelog|citation|contributing|authors|code_of_conduct|dataset_?card|datasheet)(\.\w+)?",
     re.IGNORECASE,
 )
 
@@ -269,10 +269,10 @@ def find_local_files(source: str, can_read: Callable[[Path], bool]) -> LocalFile
 def group_saved_splits(saved: dict[str, list[Path]]) -> LocalFiles:
     "Return the files of a saved data set by our names of splits; splits of other names are left out and named."
     names = {split: split_of_name(split) for split in saved}
-    groups = {name: saved[split] for split, name in names.items() if name}
+    groups = {name: [file for split in saved if names[split] == name for file in saved[split]] for name in SPLIT_WORDS}
     others = [split for split, name in names.items() if not name]
     notes = [f"left out (splits of other names): {join_names(others)}"] if others else []
-    return LocalFiles({name: groups[name] for name in SPLIT_WORDS if name in groups}, notes)
+    return LocalFiles({name: files for name, files in groups.items() if files}, notes)
 
 
 def match_pattern(pattern: Path) -> list[Path]:

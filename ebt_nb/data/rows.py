@@ -172,6 +172,7 @@ def parquet_options(files: dict[str, list[str]], columns: Sequence[str]) -> dict
                     features = features or datasets.Features.from_arrow_schema(file.schema_arrow)
                     filled[split].append(glob.escape(path))
     wanted = {name: features[name] for name in columns if name in features}
+    filled = {split: paths for split, paths in filled.items() if paths}
     return dict(data_files=filled, columns=list(wanted), features=datasets.Features(wanted)) if wanted else {}
 
 
