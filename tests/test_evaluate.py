@@ -132,6 +132,22 @@ def test_metrics_that_do_not_apply_are_left_out(ebt):
     assert set(found["choice_accuracy"]) == {"likelihood", "likelihood_per_token", "chance"}
 
 
+def test_every_generated_answer_is_kept(evaluate, home):
+    "One line for each question and checkpoint; an existing file is kept unless told otherwise."
+    words = ["--data", "plain.jsonl", *ALL_QUESTIONS, "--limit", 6, "--results", "answers.jsonl"]
+    found = evaluate("ebt.ckpt", *words)
+    written = (home / "answers.jsonl").read_text()
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert len({line["index"] for line in lines}) == 6 and all(line["question"].endswith("Answer:") for line in lines)
+    assert all({"generation", "truth", "energy", "log_probability"} <= set(line) for line in lines)
+    for name in ("exact_match", "exact_match_strict", "token_f1"):
+        assert found[name] == pytest.approx(sum(line[name] for line in lines) / 6)
+    assert main(["evaluate", "transformer.ckpt", *map(str, words)]) == 2
+    assert (home / "answers.jsonl").read_text() == written
+    evaluate("transformer.ckpt", *words, "--overwrite")
+    assert "energy" not in (home / "answers.jsonl").read_text()
+
+
 def test_own_text(evaluate):
     found = evaluate("transformer.ckpt", "--data", "novel.txt")
     assert found["data"] == "novel.txt" and found["split"] == "validation"
@@ -198,6 +214,16 @@ def test_images_are_restored_with_the_configured_recursion(evaluate):
     assert rows[-1]["psnr"] != once[-1]["psnr"] and once[-1]["passes"] == 8
 
 
+def test_images_are_measured_at_chosen_levels_from_the_step_of_their_noise(evaluate):
+    settings = ["-p", "diffusion.sampling_steps=3", "-p", "diffusion.evaluation_levels=[0.3, 0.1]"]
+    trained = evaluate("dit.ckpt", "--limit", 2, *settings)["rows"]
+    noisier = evaluate("dit.ckpt", "--limit", 2, *settings, "-p", "diffusion.sampling_start=level")["rows"]
+    settings = [(row["level"], row["passes"]) for row in trained]
+    assert settings == [(level, passes) for level in (0.3, 0.1) for passes in (0, 1, 2, 3)]
+    is_same = [a == b for a, b in zip(trained, noisier)]
+    assert is_same == [True, False, False, False, True, True, True, True]  # at the trained level the step is the same
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -227,6 +253,12 @@ def test_images_are_restored_with_the_configured_recursion(evaluate):
         (["ebt.ckpt", "--data", "novel.txt", "--kind", "questions"], ".*plain text"),
         (["ebt.ckpt", "--data", "austen", "-p", "thinking.steps=3"], "thinking.steps: is fixed by training"),
         (["ebt.ckpt", "--data", "austen", "-p", "inference.steps=0"], "inference.steps: .*got 0"),
+        (["ebt.ckpt", "--data", "austen", "--results", "no/a.jsonl"], "--results no/a.jsonl: there is no folder no"),
+        (["ebt.ckpt", "--data", "austen", "--results", "new.jsonl"], "--results: 'austen' is read as text"),
+        (["ebt.ckpt", "--data", "austen", "--overwrite"], "--overwrite: replaces the file of --results"),
+        (["dit.ckpt", "--results", "new.jsonl"], "--results: .*dit.ckpt holds a model of images"),
+        (["dit.ckpt", "-p", "diffusion.sampling_start=1000"], "diffusion.sampling_start: 1000 is no step"),
+        (["dit.ckpt", "-p", "diffusion.evaluation_levels=[2]"], "diffusion.evaluation_levels.*: .* 2 is not"),
     ],
 )
 def test_wrong_input_is_refused(home, monkeypatch, capsys, words, message):

@@ -11,8 +11,14 @@ import time
 from ..compute.matmul import fast_matmul
 from ..config.data import QuestionDataConfig
 from ..data.tokenizers import TextTokenizer
-from .evaluate_questions import evaluate_questions
-from .evaluate_text import Evaluation, evaluate_text, evaluation_data_config, select_row_indices
+from .evaluate_questions import ResultsFile, evaluate_questions
+from ebt_nb.inference.evaluate_text import (
+    Evaluation,
+    EvaluationError,
+    evaluate_text,
+    evaluation_data_config,
+    select_row_indices,
+)
 from .next_token import freeze_for_inference
 from ..training.language import LanguageModule
 
@@ -25,16 +31,25 @@ def evaluate(
     limit: int | None = None,
     kind: str | None = None,
     show_progress: bool = True,
+    results: ResultsFile | None = None,
 ) -> Evaluation:
     """Evaluate a model on a corpus or question set, by name, path or hub name.
 
-    `kind` says what a path or hub name holds: 'text' or 'questions'. All rows are read, or `limit` of them. Raises
-    EvaluationError for an unknown split, a limit below 1 and answers longer than the context; DataError for data that
-    cannot be used.
+    `kind` says what a path or hub name holds: 'text' or 'questions'. All rows are read, or `limit` of them. `results`
+    gets every generated answer. Raises EvaluationError for an unknown split, a limit below 1, answers longer than the
+    context and results of text; DataError for data that cannot be used.
     """
     select_row_indices(1, limit)  # refuses a wrong limit before anything is read
     data, begin = evaluation_data_config(module, source, kind), time.perf_counter()
-    evaluate_split = evaluate_questions if isinstance(data, QuestionDataConfig) else evaluate_text
+    has_questions = isinstance(data, QuestionDataConfig)
+    if results is not None and not has_questions:
+        raise EvaluationError(
+            f"--results: {source!r} is read as text, and answers are generated to questions only; name a question set, "
+            "or say --kind questions"
+        )
     with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul):
-        values = evaluate_split(module, tokenizer, data, split, limit, show_progress)
+        if has_questions:
+            values = evaluate_questions(module, tokenizer, data, split, limit, show_progress, results)
+        else:
+            values = evaluate_text(module, tokenizer, data, split, limit, show_progress)
     return Evaluation(data=source, split=split, **values, seconds=time.perf_counter() - begin)

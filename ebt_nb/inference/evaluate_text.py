@@ -58,8 +58,9 @@ class Evaluation:
         mean_moves: mean number of moves.
         sample_distance: mean distance between samples.
         truncated_prompts: prompts of questions that were cut to fit into the context.
-        exact_match: share of greedily generated answers that are right.
-        token_f1: mean F1 of the words of greedily generated answers.
+        exact_match: share of greedily generated answers that are right; case, punctuation and articles do not count.
+        exact_match_strict: the same, where they count.
+        token_f1: mean F1 of the words of greedily generated answers, without case, punctuation and articles.
         plan_success: share of generated plans that reach their goal.
         choice_accuracy: share of questions whose right choice was chosen, by rule.
         answers: a few generated answers (prompt, answer, generated).
@@ -85,6 +86,7 @@ class Evaluation:
     sample_distance: float | None = None
     truncated_prompts: int | None = None
     exact_match: float | None = None
+    exact_match_strict: float | None = None
     token_f1: float | None = None
     plan_success: float | None = None
     choice_accuracy: dict[str, float] | None = None
