@@ -132,7 +132,7 @@ def test_metrics_that_do_not_apply_are_left_out(ebt):
     assert set(found["choice_accuracy"]) == {"likelihood", "likelihood_per_token", "chance"}
 
 
-def test_every_generated_answer_is_kept(evaluate, home):
+def test_every_generated_answer_is_kept(evaluate, ebt, home):
     "One line for each question and checkpoint; an existing file is kept unless told otherwise."
     words = ["--data", "plain.jsonl", *ALL_QUESTIONS, "--limit", 6, "--results", "answers.jsonl"]
     found = evaluate("ebt.ckpt", *words)
@@ -142,9 +142,9 @@ def test_every_generated_answer_is_kept(evaluate, home):
     assert all({"generation", "truth", "energy", "log_probability"} <= set(line) for line in lines)
     for name in ("exact_match", "exact_match_strict", "token_f1"):
         assert found[name] == pytest.approx(sum(line[name] for line in lines) / 6)
-    assert main(["evaluate", "transformer.ckpt", *map(str, words)]) == 2
+    assert main(["evaluate", "ebt.ckpt", *map(str, words)]) == 2
     assert (home / "answers.jsonl").read_text() == written
-    evaluate("transformer.ckpt", *words, "--overwrite")
+    assert ebt("evaluate", "transformer.ckpt", *words, "--overwrite")[0] == 0
     assert "energy" not in (home / "answers.jsonl").read_text()
 
 

@@ -10,7 +10,7 @@ __all__ = ['IGNORE_INDEX', 'TOKENIZER_SIZES', 'DataConfig', 'LanguageDataConfig'
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from .sections import Section
 
@@ -148,15 +148,17 @@ class NoiseConfig(Section):
         "The noise levels at which restored images are measured."
         return self.evaluation_levels or sorted({self.level, min(1.0, 2 * self.level)})
 
-    @field_validator("evaluation_levels")
-    @classmethod
-    def _check_levels(cls, levels: list[float] | None) -> list[float] | None:
-        for level in levels or []:
+    @model_validator(mode="after")
+    def _check_levels(self):
+        levels = self.evaluation_levels or []
+        for level in levels:
             if not 0 < level <= 1:
-                raise ValueError(f"a noise level is more than 0 and at most 1 (pure noise), and {level:g} is not")
-        if levels and len(set(levels)) < len(levels):
-            raise ValueError("each noise level is measured once; name it once")
-        return levels
+                raise ValueError(
+                    f"evaluation_levels: a noise level is more than 0 and at most 1 (pure noise), and {level:g} is not"
+                )
+        if len(set(levels)) < len(levels):
+            raise ValueError("evaluation_levels: each noise level is measured once; name it once")
+        return self
 
 
 class EnergyNoiseConfig(NoiseConfig):
