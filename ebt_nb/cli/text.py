@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['generate', 'generation_settings', 'print_completions', 'completion_values', 'EvaluationReport', 'open_results',
-           'evaluate_language', 'evaluate_image_model', 'format_metrics', 'format_value', 'evaluate',
-           'choose_figures_folder', 'save_evaluation_figures']
+           'evaluate_language', 'evaluate_image_model', 'evaluate_drawing_model', 'format_metrics', 'format_value',
+           'evaluate', 'choose_figures_folder', 'save_evaluation_figures']
 
 # %% ../../nbs/cli/06_text.ipynb #b6c1e6c9
 import argparse
@@ -156,12 +156,14 @@ def evaluate_language(
 def evaluate_image_model(
     module: Any, checkpoint: Path, args: argparse.Namespace, results: "ResultsFile | None"
 ) -> EvaluationReport:
-    "Measure how well a model of images removes noise. Raises WorkbenchError for results, which it has none of."
+    "Measure how well a model of images removes noise, or the losses of one that draws. Refuses `--results`."
     if results is not None:
         raise WorkbenchError(
             f"--results: keeps generated answers, and {checkpoint} holds a model of images; --visualize draws what it "
             "restores"
         )
+    if module.config.data.task == "generate":
+        return evaluate_drawing_model(module, args)
     from ebt_nb.inference.restore import evaluate_images, format_quality_table
 
     found = evaluate_images(module, args.data, args.split, args.limit or 512)
@@ -173,6 +175,18 @@ def evaluate_image_model(
         return draw_image_figures(module, found, run_of_checkpoint(checkpoint))
 
     return EvaluationReport(found.to_json(), [title, format_quality_table(found.rows)], draw)
+
+
+def evaluate_drawing_model(module: Any, args: argparse.Namespace) -> EvaluationReport:
+    "Measure the losses of a model that draws images. Raises WorkbenchError for figures, which it has none of."
+    if args.visualize is not None:
+        raise WorkbenchError(
+            "--visualize: draws restored images, and this model was trained to generate; `ebt draw` draws with it"
+        )
+    from ebt_nb.inference.image_losses import evaluate_image_losses
+
+    values = evaluate_image_losses(module, args.data, args.split, args.limit or 512).to_json()
+    return EvaluationReport(values, format_metrics(values), dict)
 
 
 def format_metrics(values: dict[str, Any]) -> list[str]:

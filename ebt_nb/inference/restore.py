@@ -49,17 +49,22 @@ class ImageQuality:
         psnr: peak signal-to-noise ratio in dB.
         ssim: structural similarity; NaN for images smaller than its window.
         mse: mean squared error on the scale 0 to 255.
+        l1: mean absolute error of what was predicted, in -1 to 1 or as latents, nothing clipped.
+        mse_raw: mean squared error of the same.
     """
 
     psnr: Float[Tensor, "batch"]
     ssim: Float[Tensor, "batch"]
     mse: Float[Tensor, "batch"]
+    l1: Float[Tensor, "batch"]
+    mse_raw: Float[Tensor, "batch"]
 
 
 def measure_quality(images: Images, clean: Images) -> ImageQuality:
     "Return the quality of images in -1 to 1 (values outside are clipped) compared with the clean ones."
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    error = (images - clean).flatten(1)
     images = images.clamp(-1, 1)
     if min(images.shape[-2:]) < SSIM_WINDOW:
         ssim = torch.full((len(images),), torch.nan, device=images.device)
@@ -68,7 +73,8 @@ def measure_quality(images: Images, clean: Images) -> ImageQuality:
             images, clean, data_range=2.0, reduction="none", kernel_size=SSIM_WINDOW
         ).reshape(-1)
     mse = (images - clean).square().flatten(1).mean(1) * 127.5**2
-    return ImageQuality(psnr(images.flatten(1), clean.flatten(1)), ssim, mse)
+    decibels = psnr(images.flatten(1), clean.flatten(1))
+    return ImageQuality(decibels, ssim, mse, error.abs().mean(1), error.square().mean(1))
 
 # %% ../../nbs/inference/12_restore.ipynb #cd7d3f3c
 @torch.no_grad()
@@ -165,6 +171,8 @@ class QualityRow:
         mse: mean squared error on the scale 0 to 255.
         recursion: how often the baseline's reverse process ran.
         energy: mean energy, for an energy model.
+        l1: mean absolute error in -1 to 1, nothing clipped.
+        mse_raw: mean squared error in -1 to 1, nothing clipped.
     """
 
     level: float
@@ -174,6 +182,8 @@ class QualityRow:
     mse: float
     recursion: int = 1
     energy: float | None = None
+    l1: float = math.nan
+    mse_raw: float = math.nan
 
 
 Restored = dict[tuple[int, int], tuple[Images, Float[Tensor, "batch"] | None]]  # images, energies by passes, recursion
@@ -229,26 +239,27 @@ def measure_restoration(
                 restored = restore_by_diffusion(module, noisy, rng, passes, recursions, level)
             for (k, recursion), (images, energies) in restored.items():
                 quality = measure_quality(images, clean)
-                columns = [quality.psnr, quality.ssim, quality.mse]
+                columns = [quality.psnr, quality.ssim, quality.mse, quality.l1, quality.mse_raw]
                 if energies is not None:
                     columns.append(energies)
                 parts.setdefault((level, k, recursion), []).append(torch.stack(columns))
     rows = []
     for (level, k, recursion), values in parts.items():
         means = torch.cat(values, 1).double().mean(1).tolist()
-        rows.append(QualityRow(level, k, *means[:3], recursion, *means[3:]))
+        energy = means[5] if len(means) > 5 else None
+        rows.append(QualityRow(level, k, *means[:3], recursion, energy, *means[3:5]))
     return rows
 
 # %% ../../nbs/inference/12_restore.ipynb #c3e4339a
 def format_quality_table(rows: Sequence[QualityRow]) -> str:
     "Return the table as Markdown."
-    head = ["noise level", "forward passes", "recursion", "PSNR, dB", "SSIM", "MSE (0-255)", "energy"]
+    head = ["noise level", "forward passes", "recursion", "PSNR, dB", "SSIM", "MSE (0-255)", "L1", "raw MSE", "energy"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         ssim = "" if math.isnan(row.ssim) else f"{row.ssim:.3f}"
         energy = "" if row.energy is None else f"{row.energy:.3g}"
         numbers = [f"{row.level:g}", str(row.passes), str(row.recursion), f"{row.psnr:.2f}"]
-        lines.append([*numbers, ssim, f"{row.mse:.0f}", energy])
+        lines.append([*numbers, ssim, f"{row.mse:.0f}", f"{row.l1:.4f}", f"{row.mse_raw:.5f}", energy])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 # %% ../../nbs/inference/12_restore.ipynb #9d8241a3
@@ -317,7 +328,7 @@ def evaluate_images(
     if config.data.task != "denoise":
         raise RestoreError(
             f"data.task: this model was trained to {config.data.task}, and there is no noisy image to restore; "
-            "evaluate one that was trained to denoise"
+            "evaluate one that was trained to denoise, or its losses"
         )
     levels = levels or config.diffusion.levels_to_measure
     passes = passes or passes_to_measure(module, levels)
