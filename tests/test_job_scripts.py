@@ -1,12 +1,18 @@
 "The job scripts, run with plain bash on a small model: they pass their arguments on, and leave a run."
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from ebt_nb.config.overrides import build_config
+from ebt_nb.data.question_sets import QUESTION_SETS
+from ebt_nb.inference.loading import override_inference_config
 from ebt_nb.runs.addresses import find_runs
 from ebt_nb.training.checkpoints import read_checkpoint
 
@@ -154,3 +160,64 @@ def test_scripts_that_sbatch_starts_mark_their_job(root):
     assert lines
     for line, path in lines.items():
         assert "= slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; " in line, path
+
+
+@pytest.fixture
+def checkout(root, tmp_path):
+    "The job scripts with a stand-in of `ebt`, which prints its words and refuses to measure gsm8k."
+    shutil.copytree(root / "job_scripts", tmp_path / "job_scripts")
+    (tmp_path / "job_scripts/setup.sh").write_text("")
+    stand_in = tmp_path / ".venv/bin/ebt"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text('#!/bin/bash\nprintf "%s|" "$@"\n[[ " $* " != *" gsm8k "* ]]\n')
+    stand_in.chmod(0o755)
+
+    def call(script, *words, **variables):
+        return subprocess.run(
+            ["bash", tmp_path / f"job_scripts/{script}.sh", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | variables,
+        )
+
+    return call
+
+
+def test_benchmarks(checkout, tmp_path):
+    "Each benchmark is measured on its split, and one that cannot be measured does not stop the others."
+    chosen = ("lambada", "gsm8k", "arc_easy_letters")
+    words = [word for name in chosen for word in ("-p", f"data.source={name}")] + ["--limit", "5"]
+    done = checkout("nlp/inference/ebt_benchmarks", "text/ebt_s1:best", *words)
+    assert done.returncode == 1 and "not measured: gsm8k " in done.stderr
+    folder = tmp_path / "benchmarks/text_ebt_s1_best"
+    assert sorted(path.name for path in folder.iterdir()) == ["arc_easy_letters.json", "lambada.json"]
+    called = (folder / "arc_easy_letters.json").read_text()
+    assert called == (
+        "evaluate|text/ebt_s1:best|--data|arc_easy_letters|--kind|questions|--split|test|--results|"
+        "benchmarks/text_ebt_s1_best/arc_easy_letters.jsonl|--json|-p|inference.steps_per_landscape=2|"
+        "-p|inference.noise=1|--limit|5|"
+    )
+    assert "|--split|validation|" in (folder / "lambada.json").read_text()
+    done = checkout("nlp/inference/baseline_transformer_benchmarks", "-p", "data.source=squad_v2")
+    assert done.returncode == 0 and "inference." not in done.stdout, done.stderr
+    assert (tmp_path / "benchmarks/transformer_best/squad_v2.json").exists()
+    assert checkout("nlp/inference/benchmarks", "--limit", "5").returncode == 2
+
+
+def test_all_benchmarks_are_named_sets(root):
+    [line] = re.findall(r"^benchmarks=\((.*)\)$", (root / "job_scripts/nlp/inference/benchmarks.sh").read_text(), re.M)
+    for name in line.split():
+        assert ("test" if name.startswith(("gsm8k", "arc")) else "validation") in QUESTION_SETS[name].splits
+
+
+@pytest.mark.parametrize("script, preset", [("ebt_denoising", "image_ebt"), ("dit_denoising", "dit")])
+def test_published_settings_of_images_are_accepted(checkout, script, preset):
+    "The settings in the script fit a model of the kind that it evaluates."
+    printed = checkout(f"img/inference/{script}", "a run:best", "--limit", "3").stdout.split("|")
+    assert printed[:2] == ["evaluate", "a run:best"] and printed[-3:] == ["--limit", "3", ""]
+    config = build_config("image/quickstart", {"model.kind": preset, "diffusion.steps": 100})
+    settings = [word for flag, word in pairwise(printed) if flag == "-p"]
+    changed = override_inference_config(config, settings)
+    assert changed.diffusion.evaluation_levels == [0.2]
+    assert preset == "image_ebt" or (changed.diffusion.first_step(0.2), changed.diffusion.recursion) == (199, 3)
