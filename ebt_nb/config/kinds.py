@@ -69,6 +69,14 @@ class RunConfig(Section):
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @model_validator(mode="after")
+    def _check_scaling(self):
+        if self.optim.lr_scaling and self.data.effective_batch is None:
+            raise ValueError(
+                "optim.lr_scaling: scales learning rates with data.effective_batch; set that, or leave it out"
+            )
+        return self
+
     @property
     def is_energy_model(self) -> bool:
         "Whether the model thinks: whether it has a step size and takes steps."

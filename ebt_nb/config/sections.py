@@ -9,7 +9,7 @@ __all__ = ['Section', 'RunSection', 'OptimConfig', 'EnergyOptimConfig', 'Trainer
 # %% ../../nbs/config/01_sections.ipynb #221cea99
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -62,13 +62,44 @@ class OptimConfig(Section):
     )
     peak_lr: float = Field(1.2e-3, gt=0, description="peak learning rate of the network")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates")
-    weight_decay: float = Field(
-        0.01, ge=0, description="decoupled weight decay; none on alpha, gains, biases and embeddings"
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, of what optim.decay says")
+    decay: Literal["matrices", "all"] = Field(
+        "matrices",
+        description="what is decayed: 'matrices' of linear layers, or 'all' but alpha (gains, biases, embeddings too)",
     )
     warmup_steps: int = Field(10_000, ge=0, description="updates of linear warm-up")
+    warmup_start_divider: float | None = Field(
+        None, ge=1, description="warm-up starts from each group's peak divided by this number; null: from zero"
+    )
+    schedule_steps: int | None = Field(
+        None,
+        ge=1,
+        description="updates of the learning-rate schedule, warm-up included; a longer run stays at the last rate; "
+        "null: as many as the run has (trainer.max_steps)",
+    )
     decay_divisor: float = Field(
         10.0, ge=1, description="each group decays (cosine) to its own peak divided by this number"
     )
+    lr_scaling: bool = Field(
+        False,
+        description="multiply the peak learning rates by data.effective_batch / 256, so that optim.peak_lr is that of "
+        "256 samples in an update",
+    )
+    lars_trust_coefficient: float = Field(
+        0.001, gt=0, description="LARS only: size of a step as a share of the norm of the weights"
+    )
+
+    @model_validator(mode="after")
+    def _check_keys_act(self):
+        if self.schedule_steps is not None and self.schedule_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule_steps: a schedule of {self.schedule_steps:,} updates ends in its warm-up of "
+                f"{self.warmup_steps:,}; raise it, or lower optim.warmup_steps"
+            )
+        trust_coefficient = type(self).model_fields["lars_trust_coefficient"].default
+        if self.name != "lars" and self.lars_trust_coefficient != trust_coefficient:
+            raise ValueError(f"lars_trust_coefficient: has no effect with optim.name={self.name}; leave it out")
+        return self
 
 
 class EnergyOptimConfig(OptimConfig):
@@ -83,7 +114,9 @@ class TrainerConfig(Section):
     "Length of training, hardware, validation and checkpoints."
 
     max_steps: int = Field(1_000_000, ge=1, description="optimiser updates")
-    accumulate_grad_batches: int = Field(1, ge=1, description="batches per update")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="batches per update and process; with data.effective_batch it is derived: leave it out"
+    )
     gradient_clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(
         "32-true",
@@ -91,7 +124,9 @@ class TrainerConfig(Section):
         "16-mixed is for GPUs",
     )
     accelerator: str = Field("auto", description="'auto', 'cpu', 'gpu'")
-    devices: int = Field(1, ge=1, description="devices per node")
+    devices: Literal["all"] | int | list[int] = Field(
+        1, description="devices per node: a number, 'all' GPUs of the machine (or -1), or a list of GPUs such as [0, 2]"
+    )
     nodes: int = Field(1, ge=1, description="nodes")
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
@@ -122,6 +157,20 @@ class TrainerConfig(Section):
         None, ge=1, description="also keep a checkpoint for good every so many updates"
     )
     callbacks: list[str] = Field(default_factory=list, description="names of further callbacks")
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _read_devices(cls, value: Any) -> Any:
+        if value in ("all", -1):
+            return "all"
+        is_list = isinstance(value, list)
+        numbers = value if is_list else [value]
+        are_numbers = all(type(number) is int for number in numbers)
+        if not are_numbers or not numbers or len(set(numbers)) < len(numbers) or min(numbers) < (0 if is_list else 1):
+            raise PydanticCustomError(
+                "devices", "has to be a number of at least 1, 'all', or a list of different GPUs such as [0, 2]"
+            )
+        return value
 
 # %% ../../nbs/config/01_sections.ipynb #87d2c5e8
 class LanguageTrainerConfig(TrainerConfig):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..config.data import QuestionDataConfig, TextDataConfig
 from ..config.kinds import RunConfig
+from ..config.update_size import batches_per_update, count_processes
 from .documents import find_text_source, read_documents
 from .loaders import HeldOutLoader, TrainLoader, check_loader_state, fetch_batches, rank_and_world_size
 from .packing import is_validation_document, pack_tokens, prepare_text
@@ -315,7 +316,7 @@ class TextDataModule(LightningDataModule):
             return
         held_out_rows = None
         if self.streaming:
-            held_out_rows = trainer.val_batches * data.batch_size * trainer.devices * trainer.nodes
+            held_out_rows = trainer.val_batches * data.batch_size * count_processes(self.config)
         self.folder = prepare_text(self.source, self.tokenizer, data, held_out_rows)
 
     def setup(self, stage: str | None = None) -> None:
@@ -327,11 +328,11 @@ class TextDataModule(LightningDataModule):
         self.splits, self.characters_per_token = open_prepared_rows(self.folder)
 
     def train_dataloader(self) -> TrainLoader | StreamLoader:
-        "Return endless batches; its length is max_steps updates of accumulate_grad_batches batches each."
+        "Return endless batches; its length is max_steps updates of as many batches as each accumulates."
         data, trainer = self.config.data, self.config.trainer
         rank, world_size = rank_and_world_size(*self.given_ranks)
         settings = dict(
-            length=trainer.max_steps * trainer.accumulate_grad_batches,
+            length=trainer.max_steps * batches_per_update(self.config),
             fingerprint=self.folder.name.split("-held-out-")[0],
             seed=self.config.run.seed,
             rank=rank,

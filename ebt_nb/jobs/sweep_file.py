@@ -29,6 +29,7 @@ from ebt_nb.config.overrides import (
     parse_overrides,
     read_yaml_file,
 )
+from ..config.update_size import count_processes
 from .hyperband import Hyperband, parse_hyperband
 from .sweep_command import ARGUMENTS_MACRO, parse_command
 from .sweep_parameters import SweepError, SweepParameter, check_keys, convert_spec, parse_parameter
@@ -242,7 +243,7 @@ def check_trial_configs(sweep: Sweep) -> None:
     """
     _check_parameter_keys([parameter.key for parameter in sweep.parameters])
     trainer = sweep.base_config.trainer
-    if trainer.devices * trainer.nodes > 1:
+    if count_processes(sweep.base_config) > 1:
         raise SweepError(
             f"trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes}: a trial of `ebt sweep` is one process; "
             "set both to 1 and start more agents, or let `wandb agent` run the command"

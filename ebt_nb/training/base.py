@@ -27,7 +27,7 @@ from ..thinking.descent import Descent, DivergenceError
 from ..thinking.replay import ReplayBuffer, ReplayFields
 from .checkpoints import CheckpointError
 from .losses import ObjectiveOutput
-from .optim import build_optimizer, build_schedule, parameter_groups
+from .optim import build_optimizer, build_schedule, parameter_groups, scale_peak
 
 # %% ../../nbs/training/05_base.ipynb #f03856b9
 Batch = dict[str, Shaped[Tensor, "..."]]
@@ -215,7 +215,7 @@ class TrainingModule(MetricsModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         "Return the optimiser and the learning-rate schedule of the configuration, for Lightning."
-        optim = self.config.optim
+        optim = scale_peak(self.config.optim, self.config.data.effective_batch)
         optimizer = build_optimizer(parameter_groups(self.model, self.descent, optim), optim)
         schedule = build_schedule(optimizer, optim, self.config.trainer.max_steps)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval="step"))

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
 from ..compute.matmul import fast_matmul
 from ..compute.memory import keep_freed_memory
-from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
 from ..config.overrides import override_config
+from ..config.update_size import batches_per_update, count_processes, samples_per_update
 from ..data.cache import log_line
 from ..data.image_loaders import ImageDataModule
 from ..data.registry import build_data_module
@@ -47,6 +46,7 @@ from .trackers import build_trackers, check_trackers, code_version
 from ebt_nb.training.trainer import (
     build_strategy,
     build_trainer,
+    check_devices,
     check_processes,
     describe_slow_precision,
     describe_unusual_amounts,
@@ -66,17 +66,14 @@ def prepare_training(
     check_trackers(config)
     callbacks = build_named_callbacks(config)
     build_strategy(config)
+    batches_per_update(config)
     trainer_config = config
     if single_process:
         changes = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto"}
         trainer_config = override_config(config, changes)
     trainer = build_trainer(trainer_config, Path(), [])
     device = trainer.strategy.root_device.type
-    if device == "cuda" and config.trainer.devices > torch.cuda.device_count():
-        raise ConfigError(
-            f"trainer.devices: {config.trainer.devices} are requested, and this machine has "
-            f"{torch.cuda.device_count()} GPUs; lower trainer.devices"
-        )
+    check_devices(config, device)
     compiles_steps(config, device)
     data = build_data_module(config)
     if (line := check_cache_space(data)) and trainer.is_global_zero:
@@ -125,16 +122,14 @@ def describe_training(
 
 def _describe_update(config: RunConfig, module: TrainingModule) -> str:
     "One line about an update: samples, units per sample, batches and processes."
-    t, batch_size = config.trainer, config.data.batch_size
-    processes = t.devices * t.nodes
-    samples = batch_size * t.accumulate_grad_batches * processes
+    batch_size, processes, samples = config.data.batch_size, count_processes(config), samples_per_update(config)
     per_sample = total_units = ""
     if module.units_per_sample > 1:
         per_sample = f" x {module.units_per_sample} {module.unit_name}"
         total_units = f", {samples * module.units_per_sample:,} {module.unit_name}"
     return (
-        f"one update: {batch_size} {module.sample_name}{per_sample} x {t.accumulate_grad_batches} accumulated "
-        f"x {processes} processes = {samples} {module.sample_name}{total_units}; {t.max_steps:,} updates"
+        f"one update: {batch_size} {module.sample_name}{per_sample} x {batches_per_update(config)} accumulated "
+        f"x {processes} processes = {samples} {module.sample_name}{total_units}; {config.trainer.max_steps:,} updates"
     )
 
 

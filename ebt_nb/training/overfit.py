@@ -35,6 +35,9 @@ def shorten_config(config: RunConfig, updates: int) -> RunConfig:
         {
             "trainer.max_steps": updates,
             "optim.warmup_steps": min(config.optim.warmup_steps, updates // 10),
+            "optim.schedule_steps": None,
+            "data.effective_batch": None,
+            "optim.lr_scaling": False,
             "trainer.accumulate_grad_batches": 1,
             "trainer.devices": 1,
             "trainer.nodes": 1,

@@ -54,6 +54,9 @@ KEYS_FIXED_ON_RESUME = [
     "optim.step_size_lr_multiplier",
     "optim.betas",
     "optim.weight_decay",
+    "optim.decay",
+    "optim.lr_scaling",
+    "data.effective_batch",
     "trainer.accumulate_grad_batches",
 ]
 
