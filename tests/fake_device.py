@@ -106,11 +106,7 @@ class DeviceChecker(TorchDispatchMode):
             raise DeviceMixError(f"{name}: operands {', '.join(where)}")
 
 
-DEVICE_GETTERS = {
-    Tensor.device.__get__: lambda is_marked: GPU if is_marked else CPU,
-    Tensor.is_cuda.__get__: lambda is_marked: is_marked,
-    Tensor.is_cpu.__get__: lambda is_marked: not is_marked,
-}
+GPU_ANSWERS = {Tensor.device.__get__: GPU, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
 PLAIN_GETTERS = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.requires_grad.__get__}
 TO_NUMPY = {Tensor.numpy, Tensor.__array__}
 
@@ -126,8 +122,8 @@ class DeviceNames(TorchFunctionMode):
         if func in PLAIN_GETTERS:
             return func(*args)
         kwargs = dict(kwargs or {})
-        if func in DEVICE_GETTERS:
-            return DEVICE_GETTERS[func](args[0] in self.marked)
+        if func in GPU_ANSWERS:
+            return GPU_ANSWERS[func] if args[0] in self.marked else func(*args)
         if func in TO_NUMPY and args[0] in self.marked:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if func is Tensor.backward:  # autograd's functions must see this mode
