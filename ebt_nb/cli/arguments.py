@@ -32,7 +32,10 @@ ADDRESS_HELP = (
     "checkpoint file, or RUN, RUN:last, RUN:best, RUN:best/step, RUN:step=N, RUN:3 (the third), "
     "wdb:entity/project/RUN:last"
 )
-INFERENCE_KEYS_HELP = "a key of inference, generation or diffusion that acts outside training, or run.seed"
+INFERENCE_KEYS_HELP = (
+    "a key of inference, generation or diffusion that acts outside training, run.seed, or the device, "
+    "trainer.accelerator=auto|cpu|gpu"
+)
 
 
 def checkpoint_argument(addition: str = "") -> Argument:

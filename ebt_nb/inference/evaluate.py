@@ -35,6 +35,6 @@ def evaluate(
     select_row_indices(1, limit)  # refuses a wrong limit before anything is read
     data, begin = evaluation_data_config(module, source, kind), time.perf_counter()
     evaluate_split = evaluate_questions if isinstance(data, QuestionDataConfig) else evaluate_text
-    with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul):
+    with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul, module.device.type):
         values = evaluate_split(module, tokenizer, data, split, limit, show_progress)
     return Evaluation(data=source, split=split, **values, seconds=time.perf_counter() - begin)

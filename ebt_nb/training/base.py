@@ -202,6 +202,10 @@ class TrainingModule(MetricsModule):
         "Return a line for each setting of inference that goes beyond what is trained."
         return []
 
+    def move_batch(self, batch: Batch) -> Batch:
+        "Return a batch on the device of this module."
+        return {name: values.to(self.device) for name, values in batch.items()}
+
     def num_units(self, batch: Batch) -> int:
         "Return the number of units in a batch (tokens or pictures), whether or not they count in the loss."
         raise NotImplementedError

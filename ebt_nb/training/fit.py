@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
-from ..compute.matmul import fast_matmul
+from ..compute.matmul import fast_matmul, matmul_precision
 from ..compute.memory import keep_freed_memory
 from ..config.kinds import RunConfig
 from ..config.overrides import override_config
@@ -210,15 +210,16 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_lightning())
         stack.enter_context(use_threads(config.trainer.threads))
-        stack.enter_context(fast_matmul(config.trainer.fast_matmul))
         stack.enter_context(keep_freed_memory(config.trainer.keep_memory))
         trainer, data, named_callbacks = prepare_training(config)
+        device = trainer.strategy.root_device.type
+        stack.enter_context(fast_matmul(config.trainer.fast_matmul, device))
+        stack.enter_context(matmul_precision(config.trainer.matmul_precision, device))
         if run and trainer.is_global_zero:
             stack.enter_context(lock_run_folder(run.dir))
         checkpoint, step = find_start_checkpoint(config, run, resume, data)
         memory_and_disk = []
         if trainer.is_global_zero:
-            device = trainer.strategy.root_device.type
             memory_and_disk = check_memory_and_disk(config, device, run and run.dir)
         module = build_module(config)
         if config.model.weights and checkpoint is None:

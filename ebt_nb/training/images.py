@@ -238,7 +238,7 @@ class EnergyImageModule(EnergyTrainingModule, ImageModule):
         if self.config.data.task == "denoise":
             metrics["val/psnr"] = psnr(output.trace.prediction, batch["image"].flatten(1)).mean()
         metrics["val/loss"] = output.step_losses[-1]
-        return metrics, torch.tensor(len(batch["index"]))
+        return metrics, torch.tensor(len(batch["index"]), device=self.device)
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of leaving the starts as they are, and a fifth of it."
@@ -285,7 +285,7 @@ class DiffusionModule(ImageModule):
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         "Return the loss, and the number of images."
-        return {"val/loss": self.compute_objective(batch).loss.detach()}, torch.tensor(len(batch["index"]))
+        return {"val/loss": self.compute_objective(batch).loss.detach()}, torch.tensor(len(batch["index"]), device=self.device)
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of predicting no noise (noise has variance 1), and a fifth of it."

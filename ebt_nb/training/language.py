@@ -88,7 +88,7 @@ def calibrate_energy_head(model: EnergyTransformer, config: RunConfig, samples: 
     rng = RandomKeys.from_seed(config.run.seed, torch.arange(samples), torch.arange(positions))
     context = model.observe(tokens)
     space = prediction_space(model, config).with_guesses(context.guesses)
-    policy = config.thinking.model_copy(update=dict(clamp=None))
+    policy = config.thinking.model_copy(update=dict(clamp=None, curvature=None))
     descent = Descent(policy, config.inference.model_copy(update=dict(accept_only_lower=False))).eval()
     start = space.start(rng)
 
