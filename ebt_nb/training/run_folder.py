@@ -47,6 +47,7 @@ KEYS_FIXED_ON_RESUME = [
     "thinking.steps",
     "thinking.step_size",
     "thinking.learn_step_size",
+    "thinking.learn_noise",
     "thinking.replay",
     "thinking.replay_precision",
     "optim.name",
@@ -55,6 +56,7 @@ KEYS_FIXED_ON_RESUME = [
     "optim.betas",
     "optim.weight_decay",
     "trainer.accumulate_grad_batches",
+    "data.shuffle",
 ]
 
 
