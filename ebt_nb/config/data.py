@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .errors import ConfigError, suggest
 from .sections import Section
@@ -61,18 +61,30 @@ class DataConfig(Section):
         "null: data.batch_size x trainer.accumulate_grad_batches x devices x nodes",
     )
     workers: int = Field(0, ge=0, description="processes that load data")
+    prefetch: int | None = Field(None, ge=1, description="batches that each of data.workers loads ahead; null: 2")
+    shuffle: bool = Field(True, description="train on rows in random order, or in that of the data")
     validation_fraction: float = Field(
         0.01, gt=0, lt=0.5, description="taken from the end of a source that has no validation split of its own"
     )
     max_documents: int | None = Field(None, ge=1, description="read at most this many documents, questions or images")
     cache_dir: Path = Field(Path("~/.cache/ebt_workbench"), description="folder for tokenised, packed or encoded data")
 
+    @model_validator(mode="after")
+    def _check_prefetch(self):
+        if self.prefetch is not None and not self.workers:
+            raise ValueError(
+                "prefetch: nothing is loaded ahead without data.workers; set it to 1 or more, or leave it out"
+            )
+        return self
+
 # %% ../../nbs/config/04_data.ipynb #c07d0846
 class LanguageDataConfig(DataConfig):
     "What both data sections of language have."
 
     tokenizer: str = Field(
-        "austen_8k", description="'austen_2k', 'austen_8k', 'gpt_neox' (embedded), or a path to a tokenizer.json"
+        "austen_8k",
+        description="'austen_2k', 'austen_8k', 'gpt_neox' (embedded), a hub name owner/name[@REVISION], or a path to a "
+        "tokenizer.json or its folder",
     )
     context: int = Field(256, ge=2, description="tokens in a sequence S")
 

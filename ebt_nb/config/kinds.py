@@ -155,6 +155,8 @@ class EnergyLanguageConfig(LanguageConfig):
             raise ValueError(
                 "objective.start_weight: a start is a prediction only with thinking.rule=embedding; leave it out"
             )
+        if self.objective.soft_targets is not None and self.thinking.max_training_steps == 1:
+            raise ValueError("objective.soft_targets: has no effect on a single thinking step; leave it out")
         if self.objective.start_every > 1 and not self.objective.start_weight:
             raise ValueError("objective.start_every: has no effect without objective.start_weight; leave it out")
         if self.model.init == "reference" and self.thinking.rule == "embedding":

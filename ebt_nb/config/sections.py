@@ -157,12 +157,49 @@ class TrainerConfig(Section):
     )
     val_every: int = Field(1000, ge=1, description="updates between validations")
     val_batches: int = Field(50, ge=1, description="batches of each validation")
+    sanity_val_batches: int = Field(
+        0, ge=0, description="validation batches that are tried before the first update, without a metric; 0 is off"
+    )
     log_every: int = Field(50, ge=1, description="updates between logged training metrics")
+    log_memory: bool = Field(
+        False,
+        description="also log memory in use, in GiB: the GPU's peak since the row before, or what the process holds",
+    )
+    log_clipped_share: bool = Field(
+        False,
+        description="also log which share of the gradient's entries is larger than trainer.gradient_clip_norm",
+    )
     checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints of the last state")
     keep_checkpoint_every: int | None = Field(
         None, ge=1, description="also keep a checkpoint for good every so many updates"
     )
-    callbacks: list[str] = Field(default_factory=list, description="names of further callbacks")
+    monitor: str = Field(
+        "val/loss", description="validation metric that decides which checkpoint is the best, and when to stop early"
+    )
+    monitor_mode: Literal["min", "max"] | None = Field(
+        None, description="whether the best trainer.monitor is the lowest or the highest; null: as the metric has it"
+    )
+    keep_best: int = Field(
+        1, ge=1, description="number of best checkpoints that are kept; beyond 1 each also has the name step=N"
+    )
+    callbacks: list[str] = Field(default_factory=list, description="names of further callbacks: early_stopping")
+    patience: int = Field(
+        5, ge=1, description="early_stopping ends a run after so many validations in a row that were not better"
+    )
+    min_improvement: float = Field(
+        0.0, ge=0, description="early_stopping: how much better than the best counts as better"
+    )
+    profiler: Literal["none", "simple", "advanced", "pytorch"] = Field(
+        "none",
+        description="measure where time goes, into the run's folder profile/: of the loop's parts (simple), of every "
+        "Python function (advanced), of torch's operations, as a table and a trace for chrome://tracing (pytorch)",
+    )
+    deterministic: bool = Field(
+        False, description="refuse operations that may differ from run to run on a GPU; slower, and not all exist"
+    )
+    detect_anomaly: bool = Field(
+        False, description="find the operation whose gradient is NaN, and name its line; many times slower"
+    )
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -177,6 +214,16 @@ class TrainerConfig(Section):
                 "devices", "has to be a number of at least 1, 'all', or a list of different GPUs such as [0, 2]"
             )
         return value
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self):
+        for name in ("patience", "min_improvement"):
+            is_default = getattr(self, name) == type(self).model_fields[name].default
+            if not is_default and "early_stopping" not in self.callbacks:
+                raise ValueError(f"{name}: has no effect without trainer.callbacks=[early_stopping]; leave it out")
+        if self.log_clipped_share and not self.gradient_clip_norm:
+            raise ValueError("log_clipped_share: nothing is clipped with trainer.gradient_clip_norm=0; leave it out")
+        return self
 
 # %% ../../nbs/config/01_sections.ipynb #87d2c5e8
 class LanguageTrainerConfig(TrainerConfig):
@@ -199,6 +246,11 @@ class LanguageTrainerConfig(TrainerConfig):
             raise ValueError(
                 "compile: a step whose weights are gathered from other devices is not compiled; "
                 "set trainer.compile=false or trainer.strategy=ddp"
+            )
+        if self.compile and self.detect_anomaly:
+            raise ValueError(
+                "compile: a compiled step is one operation, in which trainer.detect_anomaly finds nothing; "
+                "set trainer.compile=false or trainer.detect_anomaly=false"
             )
         return self
 
@@ -238,10 +290,26 @@ class TrackingConfig(Section):
     project: str | None = Field(
         None, description="Weights & Biases project; null: the environment's WANDB_PROJECT, or ebt-workbench"
     )
+    entity: str | None = Field(
+        None, description="Weights & Biases user or team; null: the environment's WANDB_ENTITY, or your own"
+    )
+    tags: list[str] = Field(default_factory=list, description="tags of the Weights & Biases run")
+    console: bool = Field(False, description="also send the lines of console.log to Weights & Biases (Logs tab)")
+    watch: Literal["off", "gradients", "parameters", "all"] = Field(
+        "off", description="log histograms of gradients, parameters or both to Weights & Biases"
+    )
+    watch_every: int | None = Field(
+        None, ge=1, description="batches between two histograms of tracking.watch; null: trainer.log_every"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
-    watch_gradients: bool = Field(False, description="log gradient histograms to Weights & Biases")
+    samples_every: int = Field(
+        0,
+        ge=0,
+        description="updates between samples of what the model does with the first validation samples, into the "
+        "run's folder samples/ and to the trackers; 0 is off",
+    )
 
-    @field_validator("wandb", mode="before")
+    @field_validator("wandb", "watch", mode="before")
     @classmethod
     def _read_false_as_off(cls, value):
         return "off" if str(value).lower() == "false" else value  # Weights & Biases reads a bare `off` as false
@@ -250,4 +318,11 @@ class TrackingConfig(Section):
     def _check_project(self):
         if self.project is not None and (problem := find_project_problem(self.project)):
             raise ValueError(f"project: {problem}")
+        if self.watch_every is not None and self.watch == "off":
+            raise ValueError("watch_every: has no effect with tracking.watch=off; leave it out")
+        if self.entity is not None and not self.entity.strip():
+            raise ValueError("entity: an empty name is none for a user or team; leave it out for your own")
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"tags: {tag!r} has {len(tag)} characters; Weights & Biases takes 1 to 64")
         return self

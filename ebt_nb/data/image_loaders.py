@@ -131,6 +131,8 @@ class ImageDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             workers=data.workers,
+            prefetch=data.prefetch,
+            shuffle=data.shuffle,
         )
 
     def val_dataloader(self) -> HeldOutLoader:
@@ -145,4 +147,4 @@ class ImageDataModule(LightningDataModule):
         "Return batches of every image of a split, once, never mirrored. Raises DataError if there is no such split."
         rank, world_size = rank_and_world_size(*self.given_ranks)
         data = self.config.data
-        return HeldOutLoader(self.rows(split), data.batch_size, rank, world_size, data.workers)
+        return HeldOutLoader(self.rows(split), data.batch_size, rank, world_size, data.workers, data.prefetch)

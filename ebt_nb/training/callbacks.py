@@ -24,8 +24,10 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from ..compute.memory import memory_in_use
 from ..config.errors import ConfigError, WorkbenchError, suggest
 from ..config.kinds import RunConfig
+from ..config.metrics import is_higher_better
 from ..runs.metrics import MetricsFile
 from .base import TrainingModule
 from .checkpoint_saving import is_update_complete
@@ -39,9 +41,11 @@ class MetricsRecorder(pl.Callback):
         metrics: the metrics file.
         trackers: Weights & Biases, TensorBoard; also set after construction.
         latest: the newest value of each metric.
+        log_memory: whether rows of training also have the memory in use.
     """
 
-    def __init__(self, metrics: MetricsFile, trackers: Sequence[Tracker] = ()):
+    def __init__(self, metrics: MetricsFile, trackers: Sequence[Tracker] = (), log_memory: bool = False):
+        self.log_memory = log_memory
         self.metrics = metrics
         self.trackers = list(trackers)
         self.latest: dict[str, float] = {}
@@ -70,6 +74,8 @@ class MetricsRecorder(pl.Callback):
             is_current = name in module.logged_names or not name.startswith("train/")
             if is_current and not name.startswith("val/"):
                 row[name] = float(value)
+        if self.log_memory:
+            row["memory_gib"] = memory_in_use(trainer.strategy.root_device)
         self.write(trainer, row | {f"{module.unit_name}_per_second": units_per_second})
 
     def on_validation_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -78,6 +84,8 @@ class MetricsRecorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Write a row with the metrics of a validation."
+        if trainer.sanity_checking:
+            return
         self.row_start += time.perf_counter() - self.validation_start
         metrics = trainer.callback_metrics.items()
         self.write(trainer, {name: float(value) for name, value in metrics if name.startswith("val/")})
@@ -199,7 +207,9 @@ class ProgressReporter(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Write a line about each validation."
-        if trainer.is_global_zero:
+        if trainer.sanity_checking and trainer.is_global_zero:
+            self.console.log_line("validation was tried, and works")
+        elif trainer.is_global_zero:
             self.console.log_line("validated: " + format_progress(self.recorder.latest, trainer.max_steps))
 
     def teardown(self, trainer: pl.Trainer, module: TrainingModule, stage: str) -> None:
@@ -226,8 +236,15 @@ def register_callback(name: str) -> Callable:
 
 @register_callback("early_stopping")
 def early_stopping(config: RunConfig) -> pl.Callback:
-    "Return a callback that stops when five validations in a row were not better than the best."
-    return pl.callbacks.EarlyStopping("val/loss", patience=5)
+    "Return a callback that stops when `trainer.patience` validations in a row were not better than the best."
+    trainer = config.trainer
+    return pl.callbacks.EarlyStopping(
+        trainer.monitor,
+        min_delta=trainer.min_improvement,
+        patience=trainer.patience,
+        mode="max" if is_higher_better(config) else "min",
+        check_finite=False,
+    )
 
 
 def build_named_callbacks(config: RunConfig) -> list[pl.Callback]:

@@ -126,14 +126,32 @@ class CheckpointSaver(pl.callbacks.Checkpoint):
         last_every: updates between two writes of last.ckpt.
         keep_every: updates between two permanent checkpoints; None: none are kept.
         stop: the stop signals to react to; None: none.
+        monitor: the validation metric that decides which checkpoint is the best.
+        higher_is_better: whether the best is that with the highest metric.
+        keep_best: number of best checkpoints; beyond 1 each is a file step=N.ckpt until a better one takes its place.
+
+    Attributes:
+        best: metric and step of the best validations so far, the best first.
     """
 
-    def __init__(self, folder: Path, last_every: int, keep_every: int | None = None, stop: StopSignals | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        last_every: int,
+        keep_every: int | None = None,
+        stop: StopSignals | None = None,
+        monitor: str = "val/loss",
+        higher_is_better: bool = False,
+        keep_best: int = 1,
+    ):
         self.folder = folder
         self.last_every = last_every
         self.keep_every = keep_every
         self.stop = stop
-        self.best_loss = math.inf
+        self.monitor = monitor
+        self.higher_is_better = higher_is_better
+        self.keep_best = keep_best
+        self.best: list[tuple[float, int]] = []
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: TrainingModule, checkpoint: dict[str, Any]) -> None:
         "Count the batches of a checkpoint anew, before Lightning resumes its loop."
@@ -155,36 +173,60 @@ class CheckpointSaver(pl.callbacks.Checkpoint):
             self.save_if_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        "Save after a validation, also as the best checkpoint if its loss is the lowest so far."
-        loss = float(trainer.callback_metrics["val/loss"])
-        is_best = math.isfinite(loss) and loss < self.best_loss
-        if is_best:
-            self.best_loss = loss
-        self.save_if_due(trainer, is_best)
+        "Save after a validation, also as one of the best checkpoints if it is among them."
+        if trainer.sanity_checking:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        self.save_if_due(trainer, self.add_to_best(value, trainer.global_step))
 
-    def save_if_due(self, trainer: pl.Trainer, is_best: bool = False) -> None:
-        "Save the checkpoints that are due at this update. Raises StopRequested after a stop signal."
+    def add_to_best(self, value: float, step: int) -> int | None:
+        """Add a validation to the best ones if it is among them.
+
+        Returns its place, 0 for the best; None if it is not among them, or if its metric is no number.
+        """
+        sign = -1 if self.higher_is_better else 1
+        place = sum(sign * other <= sign * value for other, _ in self.best)
+        if not math.isfinite(value) or place >= self.keep_best or step in [other for _, other in self.best]:
+            return None
+        self.best.insert(place, (value, step))
+        return place
+
+    def is_permanent(self, step: int) -> bool:
+        "Return whether the checkpoint of a step is kept for good."
+        return self.keep_every is not None and step % self.keep_every == 0
+
+    def save_if_due(self, trainer: pl.Trainer, place: int | None = None) -> None:
+        """Save the checkpoints that are due at this update; `place` is that of a validation among the best.
+
+        Raises StopRequested after a stop signal.
+        """
         step = trainer.global_step
+        surpassed = self.best[self.keep_best :]
+        del self.best[self.keep_best :]
         is_stopped = self.stop is not None and trainer.strategy.reduce_boolean_decision(
             self.stop.received is not None, all=False
         )
-        is_permanent = self.keep_every is not None and step % self.keep_every == 0
-        if is_best or is_permanent or is_stopped or trainer.should_stop or step % self.last_every == 0:
+        has_own_file = self.is_permanent(step) or (place is not None and self.keep_best > 1)
+        if place == 0 or has_own_file or is_stopped or trainer.should_stop or step % self.last_every == 0:
             trainer.save_checkpoint(self.folder / "last.ckpt")
-            names = ["best"] * is_best + [f"step={step:06d}"] * is_permanent
+            names = ["best"] * (place == 0) + [f"step={step:06d}"] * has_own_file
             if trainer.is_global_zero:
                 for name in names:
                     copy_without_replay(self.folder / "last.ckpt", self.folder / f"{name}.ckpt")
+                for _, other in surpassed:
+                    if not self.is_permanent(other):
+                        remove_if_possible(self.folder / f"step={other:06d}.ckpt")
         if is_stopped and step < trainer.max_steps:
             raise StopRequested
 
-    def state_dict(self) -> dict[str, float]:
-        "Return the lowest validation loss so far, which is stored in checkpoints."
-        return dict(best=self.best_loss)
+    def state_dict(self) -> dict[str, Any]:
+        "Return the best validations so far, and by which metric, for checkpoints."
+        return dict(monitor=self.monitor, higher_is_better=self.higher_is_better, best=self.best)
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        "Continue from the lowest validation loss of a checkpoint; one that is no number is as good as none."
-        self.best_loss = math.inf if math.isnan(state["best"]) else state["best"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Continue from the best validations of a checkpoint, unless another metric decided then."
+        if (state["monitor"], state["higher_is_better"]) == (self.monitor, self.higher_is_better):
+            self.best = [tuple(entry) for entry in state["best"]]
 
 # %% ../../nbs/training/09_checkpoint_saving.ipynb #b320f3bd
 def copy_without_replay(checkpoint_path: Path, copy_path: Path) -> None:

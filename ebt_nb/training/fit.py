@@ -19,6 +19,7 @@ from torch import nn
 from ..compute.matmul import fast_matmul, matmul_precision
 from ..compute.memory import keep_freed_memory
 from ..config.kinds import RunConfig
+from ..config.metrics import check_metric, is_higher_better
 from ..config.overrides import override_config
 from ..config.update_size import batches_per_update, count_processes, samples_per_update
 from ..data.cache import log_line
@@ -34,6 +35,7 @@ from .build import build_module, compiles_steps, get_model_kind, load_initial_we
 from .callbacks import Console, MetricsRecorder, ProgressReporter, build_named_callbacks, quiet_lightning
 from .checkpoint_saving import CheckpointSaver, StopSignals
 from .estimate import check_cache_space, check_memory_and_disk, format_bytes
+from .profiling import ProfileReporter, build_profiler
 from ebt_nb.training.run_folder import (
     close_status,
     create_shared_run,
@@ -51,6 +53,7 @@ from ebt_nb.training.trainer import (
     describe_slow_precision,
     describe_unusual_amounts,
     describe_unusual_lengths,
+    use_deterministic_algorithms,
     use_threads,
 )
 
@@ -64,6 +67,7 @@ def prepare_training(
     program that starts the ranks. Raises a WorkbenchError for everything that cannot be built.
     """
     check_trackers(config)
+    check_metric(config.trainer.monitor, config)
     callbacks = build_named_callbacks(config)
     build_strategy(config)
     batches_per_update(config)
@@ -79,6 +83,11 @@ def prepare_training(
     if (line := check_cache_space(data)) and trainer.is_global_zero:
         log_line(line)
     data.setup("fit")
+    if config.trainer.monitor == "val/bits_per_character" and not data.characters_per_token.get("validation"):
+        raise ConfigError(
+            f"trainer.monitor: the characters of {config.data.source!r} are not counted, so val/bits_per_character is "
+            "not measured; set trainer.monitor=val/loss"
+        )
     return trainer, data, callbacks
 
 # %% ../../nbs/training/16_fit.ipynb #dae4ec6f
@@ -163,11 +172,23 @@ def run_training(
     console = Console(run.dir / "console.log")
     stop = StopSignals(lambda text: None)
     metrics = MetricsFile(run.dir / "metrics.csv")
-    recorder = MetricsRecorder(metrics)
-    reporter = ProgressReporter(console, recorder, progress)
     t = config.trainer
-    saver = CheckpointSaver(run.dir / "checkpoints", t.checkpoint_every, t.keep_checkpoint_every, stop)
-    trainer = build_trainer(config, run.dir, [*callbacks, recorder, reporter, saver])
+    recorder = MetricsRecorder(metrics, log_memory=t.log_memory)
+    reporter = ProgressReporter(console, recorder, progress)
+    saver = CheckpointSaver(
+        run.dir / "checkpoints",
+        t.checkpoint_every,
+        t.keep_checkpoint_every,
+        stop,
+        t.monitor,
+        is_higher_better(config),
+        t.keep_best,
+    )
+    callbacks, profiler = [*callbacks, recorder, reporter], build_profiler(config, run.dir, step)
+    if profiler is not None:
+        records_operations = t.profiler == "pytorch"
+        callbacks.append(ProfileReporter(profiler, run.dir / "profile", step, records_operations, console))
+    trainer = build_trainer(config, run.dir, [*callbacks, saver], profiler)
     if trainer.is_global_zero:
         prepare_run_folder(run, config, metrics, step)
         console.show = None if progress == "none" else print
@@ -210,6 +231,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_lightning())
         stack.enter_context(use_threads(config.trainer.threads))
+        stack.enter_context(use_deterministic_algorithms(config.trainer.deterministic))
         stack.enter_context(keep_freed_memory(config.trainer.keep_memory))
         trainer, data, named_callbacks = prepare_training(config)
         device = trainer.strategy.root_device.type

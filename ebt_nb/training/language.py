@@ -26,7 +26,7 @@ from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import TokenSpace
 from ..thinking.verify import final_energy, relative_energy
-from .base import Batch, EnergyTrainingModule, TrainingModule, resolve_compile
+from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap, resolve_compile
 from .losses import ObjectiveOutput, chunked_cross_entropy
 from .objectives import energy_objective, feed_forward_objective
 
@@ -175,12 +175,12 @@ class LanguageModule(TrainingModule):
         return batch["inputs"].numel()
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
-        """Return the loss after each step, and the number of scored tokens.
+        """Return the fall of the energy, the loss after each step, and the number of scored tokens.
 
-        Where candidates start from what the observed stream expects, the loss of the start comes first.
+        Where candidates start from what the observed stream expects, the loss of the start comes before the steps.
         """
         output, targets = self.compute_objective(batch), batch["targets"]
-        metrics = {}
+        metrics = energy_gap(output)
         if output.trace is not None and self.config.thinking.guess != "none":
             metrics["val/loss_start"] = chunked_cross_entropy(self.space.logits(output.trace.candidates[0]), targets)
         metrics |= {f"val/loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}

@@ -42,6 +42,8 @@ def parameter_groups(model: nn.Module, descent: Descent | None, optim: OptimConf
     if descent is not None and descent.step_size.requires_grad:
         lr = optim.peak_lr * optim.step_size_lr_multiplier
         groups.append(dict(name="step_size", params=[descent.step_size], lr=lr, weight_decay=0.0))
+    if descent is not None and descent.noise is not None:
+        groups.append(dict(name="noise", params=[descent.noise], lr=optim.peak_lr, weight_decay=0.0))
     if optim.name == "muon":
         groups = [group | {"use_muon": group["name"] == "block_weights"} for group in groups]
     return [group for group in groups if group["params"]]
@@ -98,10 +100,15 @@ def build_schedule(optimizer: Optimizer, optim: OptimConfig, max_steps: int) -> 
     """Return the learning-rate schedule of a run of `max_steps` updates; it is stepped after each update.
 
     Each group goes from its own peak (its `lr` as passed in) to that divided by `decay_divisor`, within
-    `optim.schedule_steps` updates if that is set.
+    `optim.schedule_steps` updates if that is set. Langevin noise, where it is learned, stays as it is until warm-up
+    is over.
     """
 
     def factor(updates_done):
         return learning_rate_factor(updates_done + 1, optim, max_steps)
 
-    return LambdaLR(optimizer, factor)
+    def factor_after_warmup(updates_done):
+        return 0.0 if updates_done < optim.warmup_steps else factor(updates_done)
+
+    names = [group.get("name") for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [factor_after_warmup if name == "noise" else factor for name in names])

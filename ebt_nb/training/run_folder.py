@@ -47,6 +47,7 @@ KEYS_FIXED_ON_RESUME = [
     "thinking.steps",
     "thinking.step_size",
     "thinking.learn_step_size",
+    "thinking.learn_noise",
     "thinking.replay",
     "thinking.replay_precision",
     "optim.name",
@@ -58,6 +59,7 @@ KEYS_FIXED_ON_RESUME = [
     "optim.lr_scaling",
     "data.effective_batch",
     "trainer.accumulate_grad_batches",
+    "data.shuffle",
 ]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANY_PASSES', 'select_device', 'detect_launcher', 'check_processes', 'build_cluster_environment', 'build_strategy',
            'check_devices', 'check_precision', 'describe_slow_precision', 'describe_unusual_lengths',
-           'describe_unusual_amounts', 'build_trainer', 'use_threads']
+           'describe_unusual_amounts', 'build_trainer', 'use_threads', 'use_deterministic_algorithms']
 
 # %% ../../nbs/training/14_trainer.ipynb #9c97b9ff
 import contextlib
@@ -23,6 +23,7 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -211,7 +212,9 @@ def describe_unusual_amounts(config: RunConfig, num_rows: dict[str, int]) -> lis
     return lines
 
 # %% ../../nbs/training/14_trainer.ipynb #e6b523b0
-def build_trainer(config: RunConfig, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def build_trainer(
+    config: RunConfig, folder: Path, callbacks: list[pl.Callback], profiler: Profiler | None = None
+) -> pl.Trainer:
     """Return Lightning's Trainer for a configuration; `folder` is its default folder.
 
     Raises ConfigError for an accelerator, precision or number of devices that this machine does not have.
@@ -233,8 +236,10 @@ def build_trainer(config: RunConfig, folder: Path, callbacks: list[pl.Callback])
             val_check_interval=t.val_every * accumulated,
             check_val_every_n_epoch=None,
             limit_val_batches=t.val_batches,
-            num_sanity_val_steps=0,
+            num_sanity_val_steps=t.sanity_val_batches,
             log_every_n_steps=t.log_every,
+            detect_anomaly=t.detect_anomaly,
+            profiler=profiler,
             inference_mode=False,
             use_distributed_sampler=False,
             default_root_dir=folder,
@@ -261,3 +266,20 @@ def use_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(previous)
+
+# %% ../../nbs/training/14_trainer.ipynb #72eeaae4
+@contextlib.contextmanager
+def use_deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    "Let torch refuse operations that are not deterministic inside the block, if `enabled`."
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
+    previous = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(previous[0])
+        torch.backends.cudnn.benchmark = previous[1]
