@@ -126,12 +126,13 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def create(self):
         wanted = json.loads(self.body)
+        is_private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
         if not self.is_writer:
             return self.refuse(401, "Unauthorized", "Invalid username or password.")
         if name in self.server.repositories:
             return self.answer({"error": "exists", "url": f"{self.server.address}/{name}"}, 409)
-        self.server.repositories[name] = Repository(private=bool(wanted.get("private")))
+        self.server.repositories[name] = Repository(private=is_private)
         self.answer({"url": f"{self.server.address}/{name}", "name": name, "id": "1"})
 
     def preupload(self, name, revision):

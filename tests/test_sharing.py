@@ -30,11 +30,18 @@ def site(tmp_path_factory):
     return folder
 
 
+def set_endpoint(monkeypatch, address):
+    "Change HF_ENDPOINT, which the library reads when it is imported."
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.fixture
 def hub(monkeypatch):
     "A server that is the hub of this process, with a token that may write."
     server = HubServer()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    set_endpoint(monkeypatch, server.address)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts of the library
@@ -113,7 +120,7 @@ def test_what_is_not_on_the_hub_is_named(site, hub, capsys, monkeypatch):
     hub.cut_files = True
     assert "hf:jane/half" in refusal(capsys, "checkpoint", "pull", "hf:jane/half", *words)
     assert not any(name.startswith(".") for name in hidden_folders(site))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    set_endpoint(monkeypatch, "http://127.0.0.1:9")
     assert "the hub cannot be reached" in refusal(capsys, "generate", "hf:jane/half", *words)
 
 

@@ -9,7 +9,7 @@ __all__ = ['read_checkpoint', 'check_tokenizer', 'read_checked_checkpoint', 'rea
 # %% ../../nbs/training/04_checkpoints.ipynb #fe3cde64
 import pickle
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,12 +114,12 @@ class PretrainedModule:
     model_kinds: tuple[str, ...] = ()
 
     @classmethod
-    def build_untrained(cls, config: RunConfig) -> Self:
+    def build_untrained(cls, config: RunConfig) -> "PretrainedModule":
         "Return the module of a configuration around a network whose weights are about to be loaded."
         raise NotImplementedError
 
     @classmethod
-    def from_checkpoint(cls, path: Path | str, checkpoint: dict[str, Any]) -> Self:
+    def from_checkpoint(cls, path: Path | str, checkpoint: dict[str, Any]) -> "PretrainedModule":
         """Return the module of a checkpoint that was read from `path`, in evaluation mode on the CPU.
 
         Raises CheckpointError for a model of another class, and if weights and configuration do not fit.
@@ -139,7 +139,7 @@ class PretrainedModule:
         return module.eval()
 
     @classmethod
-    def from_pretrained(cls, address: str, runs_dir: Path | str = "runs") -> Self:
+    def from_pretrained(cls, address: str, runs_dir: Path | str = "runs") -> "PretrainedModule":
         """Return the module at an address: a folder, a run, shipped:NAME, hf:owner/name or wdb:entity/project/run.
 
         Raises CheckpointError as `read_checked_checkpoint` and `from_checkpoint` do, RunError and HubError when there
