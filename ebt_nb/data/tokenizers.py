@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_TOKENIZERS', 'END_OF_TEXT_TOKENS', 'PARAGRAPH_BREAK', 'HUB_NAME', 'AUSTEN_SPLITS', 'TextTokenizer',
-           'find_hub_tokenizer', 'load_tokenizer', 'austen_paths']
+           'find_hub_tokenizer', 'read_tokenizer_file', 'load_tokenizer', 'austen_paths']
 
 # %% ../../nbs/data/06_tokenizers.ipynb #95cb549e
 import gzip
 import hashlib
 import re
+import zlib
 from contextlib import suppress
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -141,8 +142,8 @@ def find_hub_tokenizer(name: str) -> Path:
         ) from None
 
 # %% ../../nbs/data/06_tokenizers.ipynb #3319a7e5
-def load_tokenizer(name: str) -> TextTokenizer:
-    """Load an embedded tokenizer by its name, one of the hub, or one from a tokenizer.json by its path.
+def read_tokenizer_file(name: str) -> bytes:
+    """Return the tokenizer.json of an embedded tokenizer by its name, one of the hub, or of a file by its path.
 
     The file may be gzipped, and a folder that holds one may be named. Raises DataError if there is none or it cannot
     be read.
@@ -156,15 +157,27 @@ def load_tokenizer(name: str) -> TextTokenizer:
         path = find_hub_tokenizer(name)
     try:
         content = path.read_bytes()
-        if content.startswith(LFS_POINTER):
-            raise DataError(f"data.tokenizer: {name}: {LFS_MESSAGE}")
         is_gzipped = content[:2] == b"\x1f\x8b"
-        return TextTokenizer(name, gzip.decompress(content) if is_gzipped else content)
+        content = gzip.decompress(content) if is_gzipped else content
     except FileNotFoundError:
         raise DataError(
             f"data.tokenizer: {name!r} is no file and not embedded ({', '.join(EMBEDDED_TOKENIZERS)})"
             f"{suggest(name, EMBEDDED_TOKENIZERS)}; one of the hub is named owner/name"
         ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"data.tokenizer: {name}: not a tokenizer.json that can be read ({error})") from None
+    if content.startswith(LFS_POINTER):
+        raise DataError(f"data.tokenizer: {name}: {LFS_MESSAGE}")
+    return content
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """Load an embedded tokenizer by its name, one of the hub, or one from a tokenizer.json by its path.
+
+    Raises DataError if there is none or it cannot be read.
+    """
+    try:
+        return TextTokenizer(name, read_tokenizer_file(name))
     except DataError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot parse

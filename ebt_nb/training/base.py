@@ -25,7 +25,7 @@ from ..config.kinds import RunConfig
 from ..data.loaders import rank_and_world_size
 from ..thinking.descent import Descent, DivergenceError
 from ..thinking.replay import ReplayBuffer, ReplayFields
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, PretrainedModule
 from .losses import ObjectiveOutput
 from .optim import build_optimizer, build_schedule, parameter_groups, scale_peak
 
@@ -177,7 +177,7 @@ class MetricsModule(pl.LightningModule):
         self.log_dict(metrics, batch_size=1, sync_dist=True)
 
 # %% ../../nbs/training/05_base.ipynb #d4dab4bc
-class TrainingModule(MetricsModule):
+class TrainingModule(PretrainedModule, MetricsModule):
     """The base of all modules that are trained by a configuration.
 
     Subclasses define `compute_objective`, `validation_metrics`, `batch_rng`, `title`, `num_units` and

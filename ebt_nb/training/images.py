@@ -129,6 +129,12 @@ class ImageModule(TrainingModule):
     "The base of modules of image models; subclasses define `compute_objective` and `validation_metrics`."
 
     unit_name = sample_name = "images"
+    model_kinds = ("image_ebt", "dit")
+
+    @classmethod
+    def build_untrained(cls, config: RunConfig) -> "ImageModule":
+        "Return the module of a configuration around a network whose weights are about to be loaded."
+        return build_image_module(config, build_image_network(config))
 
     @cached_property
     def diffusion(self) -> GaussianDiffusion:
@@ -183,6 +189,8 @@ class ImageModule(TrainingModule):
 # %% ../../nbs/training/07_images.ipynb #af422912
 class EnergyImageModule(EnergyTrainingModule, ImageModule):
     "The module of a bidirectional energy-based transformer; `space` borrows the model's patch embedding."
+
+    model_kinds = ("image_ebt",)
 
     @property
     def space(self) -> ImageSpace:
@@ -275,6 +283,8 @@ def image_replay_fields(config: RunConfig) -> ReplayFields:
 # %% ../../nbs/training/07_images.ipynb #f3ae1e96
 class DiffusionModule(ImageModule):
     "The module of the diffusion baseline."
+
+    model_kinds = ("dit",)
 
     def compute_objective(self, batch: Batch, micro_step: int | None = None) -> ObjectiveOutput:
         "Return the objective on a batch: of training at `micro_step`, or outside training if that is None."

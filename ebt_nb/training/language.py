@@ -138,11 +138,17 @@ class LanguageModule(TrainingModule):
     """
 
     unit_name, sample_name = "tokens", "sequences"
+    model_kinds = ("ebt", "transformer")
 
     def __init__(self, config: RunConfig, model: nn.Module, descent: Descent | None = None):
         super().__init__(config, model, descent)
         self.characters_per_token: float | None = None
         self._graph_cache = GraphCache()
+
+    @classmethod
+    def build_untrained(cls, config: RunConfig) -> "LanguageModule":
+        "Return the module of a configuration around a network whose weights are about to be loaded."
+        return build_language_module(config, build_language_network(config))
 
     @property
     def step_graphs(self) -> GraphCache | None:
@@ -201,6 +207,8 @@ class LanguageModule(TrainingModule):
 # %% ../../nbs/training/06_language.ipynb #b1dbd836
 class EnergyLanguageModule(EnergyTrainingModule, LanguageModule):
     "The module of an energy-based transformer."
+
+    model_kinds = ("ebt",)
 
     @property
     def space(self) -> TokenSpace | EmbeddingSpace:
@@ -291,6 +299,8 @@ def text_replay_fields(config: RunConfig) -> ReplayFields:
 # %% ../../nbs/training/06_language.ipynb #f93cd81d
 class TransformerLanguageModule(LanguageModule):
     "The module of the feed-forward baseline."
+
+    model_kinds = ("transformer",)
 
     def compute_objective(self, batch: Batch, micro_step: int | None = None) -> ObjectiveOutput:
         "Return the cross-entropy of a batch: that of training at `micro_step`, or outside training if that is None."
