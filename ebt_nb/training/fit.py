@@ -74,6 +74,7 @@ def prepare_training(
     trainer_config = config
     if single_process:
         changes = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto"}
+        changes |= {"data.effective_batch": None, "optim.lr_scaling": False}
         trainer_config = override_config(config, changes)
     trainer = build_trainer(trainer_config, Path(), [])
     device = trainer.strategy.root_device.type
