@@ -145,10 +145,11 @@ def draw_image_figures(
     "Return figures by name, of a model on the images on which it was measured, and of the `run` that trained it."
     name, is_energy_model = module.config.model.kind, isinstance(module, EnergyImageModule)
     batch = next(held_out_batches(module, found.data, found.split, rows))
-    noisy = make_noisy(module, batch, module.config.diffusion.level)
-    last_row = max((row for row in found.rows if row.level == found.rows[0].level), key=lambda row: row.passes)
+    level = found.rows[0].level
+    noisy = make_noisy(module, batch, level)
+    last_row = max((row for row in found.rows if row.level == level), key=lambda row: row.passes)
     passes = len(module.descent.draw_schedule()) if is_energy_model else last_row.passes
-    images, trace = restore_images(module, noisy, module.batch_rng(batch), passes, last_row.recursion)
+    images, trace = restore_images(module, noisy, module.batch_rng(batch), passes, last_row.recursion, level)
     figures = {"restored_images": plot_restored_images(name, noisy, images, batch["image"], passes)}
     for level in dict.fromkeys(row.level for row in found.rows):
         figures[f"quality_at_{level:g}"] = plot_quality({name: found.rows}, level)

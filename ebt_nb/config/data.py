@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .errors import ConfigError, suggest
 from .sections import Section
@@ -172,6 +172,31 @@ class NoiseConfig(Section):
         description="noise level: the process is this first part of one that ends in pure noise "
         "(0.1 leaves 90 % of the image's variance)",
     )
+    evaluation_levels: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="noise levels at which `ebt evaluate` restores images; null: diffusion.level and twice that",
+    )
+
+    @property
+    def chain_length(self) -> int:
+        "The number of steps of the whole process, which ends in pure noise."
+        return int(self.steps / self.level)
+
+    @property
+    def levels_to_measure(self) -> list[float]:
+        "The noise levels at which restored images are measured."
+        return self.evaluation_levels or sorted({self.level, min(1.0, 2 * self.level)})
+
+    @field_validator("evaluation_levels")
+    @classmethod
+    def _check_levels(cls, levels: list[float] | None) -> list[float] | None:
+        for level in levels or []:
+            if not 0 < level <= 1:
+                raise ValueError(f"a noise level is more than 0 and at most 1 (pure noise), and {level:g} is not")
+        if levels and len(set(levels)) < len(levels):
+            raise ValueError("each noise level is measured once; name it once")
+        return levels
 
 
 class EnergyNoiseConfig(NoiseConfig):
@@ -189,6 +214,11 @@ class DiffusionConfig(NoiseConfig):
 
     sampler: Literal["ddim", "ddpm"] = Field("ddim", description="how noise is removed along the process")
     sampling_steps: int = Field(50, ge=1, description="forward passes along the reverse process")
+    sampling_start: int | Literal["trained", "level"] = Field(
+        "trained",
+        description="step at which the reverse process starts: 'trained', the last step that is trained; 'level', the "
+        "step of the whole process that is as noisy as the image to restore; or its number, counted from 0",
+    )
     recursion: int = Field(
         1,
         ge=1,
@@ -201,3 +231,21 @@ class DiffusionConfig(NoiseConfig):
         description="classifier-free guidance: weight of the prediction with the caption over the one without; "
         "1 is off",
     )
+
+    def first_step(self, level: float | None = None) -> int:
+        "Return the step at which the reverse process of images of a noise level starts, by default the trained level."
+        if isinstance(self.sampling_start, int):
+            return self.sampling_start
+        if self.sampling_start == "trained" or level is None:
+            return self.steps - 1
+        return max(0, round(level * self.chain_length) - 1)
+
+    @model_validator(mode="after")
+    def _check_start(self):
+        start, length = self.sampling_start, self.chain_length
+        if isinstance(start, int) and not 0 <= start < length:
+            raise ValueError(
+                f"sampling_start: {start} is no step of this process, which has steps 0 to {length - 1} "
+                "(diffusion.steps / diffusion.level)"
+            )
+        return self

@@ -184,7 +184,7 @@ class ImageConfig(RunConfig):
     data: ImageDataConfig = Field(default_factory=ImageDataConfig)
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     generate_only: ClassVar[tuple[str, ...]] = ("encoder.captions", "encoder.caption_width", "encoder.drop_caption")
-    denoise_only: ClassVar[tuple[str, ...]] = ()
+    denoise_only: ClassVar[tuple[str, ...]] = ("diffusion.evaluation_levels",)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -233,7 +233,12 @@ class EnergyImageConfig(ImageConfig):
     optim: EnergyOptimConfig = Field(default_factory=EnergyOptimConfig)
     # a model that denoises starts from the noisy image
     generate_only: ClassVar[tuple[str, ...]] = (*ImageConfig.generate_only, "thinking.start", "thinking.start_std")
-    denoise_only: ClassVar[tuple[str, ...]] = ("diffusion.steps", "diffusion.level", "diffusion.random_level")
+    denoise_only: ClassVar[tuple[str, ...]] = (
+        *ImageConfig.denoise_only,
+        "diffusion.steps",
+        "diffusion.level",
+        "diffusion.random_level",
+    )
 
     @model_validator(mode="after")
     def _check_objective(self):

@@ -137,7 +137,14 @@ class InferenceConfig(Section):
     steps: int | None = Field(
         None,
         ge=1,
-        description="thinking steps in all; the last landscape takes those beyond one each; null: as in training",
+        description="thinking steps in all; the last landscape takes those beyond one (or steps_per_landscape) each; "
+        "null: as in training",
+    )
+    steps_per_landscape: int | None = Field(
+        None,
+        ge=1,
+        description="thinking steps in each landscape; with inference.steps, the last landscape takes the others; "
+        "null: one in each but the last",
     )
     step_size: float | None = Field(None, gt=0, description="alpha; null: the trained one")
     step_size_factor: float = Field(1.0, gt=0, description="alpha is multiplied by this number")
@@ -171,6 +178,18 @@ class InferenceConfig(Section):
     accept_only_lower: bool = Field(
         False, description="accept a step only where it lowers the energy of the landscape it was taken in"
     )
+
+    def schedule(self, thinking: ThinkingConfig, num_steps: int | None = None) -> list[int]:
+        """Return the landscape of each of `num_steps` steps of a descent, by default as many as are configured.
+
+        Each landscape takes `steps_per_landscape` steps (one by default), the last one all others.
+        """
+        last, in_each = thinking.steps - 1, self.steps_per_landscape
+        if num_steps is None:
+            num_steps = self.steps
+        if num_steps is None:
+            num_steps = last + thinking.visits_max if in_each is None else in_each * thinking.steps
+        return [min(step // (in_each or 1), last) for step in range(num_steps)]
 
 # %% ../../nbs/config/03_thinking.ipynb #c51b4eab
 class CrossEntropyConfig(Section):

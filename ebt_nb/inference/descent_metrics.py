@@ -71,7 +71,7 @@ def measure_descent(
 ) -> DescentMetrics:
     "Descend from `samples` starts at all positions from the first scored one on; return the metrics, on the CPU."
     parts, num_rows = [], 0
-    schedule = [min(step, module.config.thinking.steps - 1) for step in range(steps)]
+    schedule = module.config.inference.schedule(module.config.thinking, steps)
     dtype = module.model.energy_head.weight.dtype
     for batch in map(module.move_batch, batches):
         begin = int((batch["targets"] != IGNORE_INDEX).any(0).nonzero()[0])

@@ -53,7 +53,7 @@ def draw_latents(
 
     `vectors` are encoded captions or, for a model without captions, the number of images. `seed` (by default the
     configuration's) and the index of an image name its noise. The `inference` section acts on an energy model,
-    `diffusion.sampler`, `sampling_steps`, `recursion` and `guidance` on the baseline.
+    `diffusion.sampler`, `sampling_steps`, `sampling_start`, `recursion` and `guidance` on the baseline.
     """
     config = module.config
     captions, count = (None, vectors) if isinstance(vectors, int) else (vectors.to(module.device), len(vectors))
@@ -69,7 +69,8 @@ def draw_latents(
     sampling = module.diffusion.sample(
         guided_noise_model(module.model, captions, diffusion.guidance),
         noise.view(count, channels, side, side),
-        steps=min(diffusion.sampling_steps, diffusion.steps),
+        start=diffusion.first_step(),
+        steps=min(diffusion.sampling_steps, diffusion.first_step() + 1),
         sampler=diffusion.sampler,
         rng=rng,
         clip=config.encoder.images == "none",

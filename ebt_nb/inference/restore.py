@@ -73,11 +73,17 @@ def measure_quality(images: Images, clean: Images) -> ImageQuality:
 # %% ../../nbs/inference/12_restore.ipynb #cd7d3f3c
 @torch.no_grad()
 def restore_images(
-    module: ImageModule, noisy: Images, rng: RandomKeys, passes: int = 1, recursion: int | None = None
+    module: ImageModule,
+    noisy: Images,
+    rng: RandomKeys,
+    passes: int = 1,
+    recursion: int | None = None,
+    level: float | None = None,
 ) -> tuple[Images, Trace | None]:
     """Restore images with `passes` forward passes each; return them and the trace of an energy model.
 
-    `rng` [batch] holds the keys of all that is random. `recursion` (by default the configuration's) is the baseline's.
+    `rng` [batch] holds the keys of all that is random. `recursion` (by default the configuration's) is the baseline's,
+    which may start at the step of the images' noise `level` (by default the trained one; `diffusion.sampling_start`).
     Raises RestoreError for passes that recursion does not divide, ConfigError for more than the process has steps.
     """
     diffusion = module.config.diffusion
@@ -89,7 +95,7 @@ def restore_images(
             rng,
             module.space.from_images(noisy),
             noisy.dtype,
-            [min(step, module.config.thinking.steps - 1) for step in range(passes)],
+            module.descent.inference.schedule(module.descent.policy, passes),
             evaluate_energies=False,
         ).trace
         return module.space.to_images(trace.prediction), trace
@@ -102,6 +108,7 @@ def restore_images(
     sampling = module.diffusion.sample(
         module.model,
         noisy,
+        start=diffusion.first_step(level),
         steps=passes // recursion,
         sampler=diffusion.sampler,
         rng=rng,
@@ -186,14 +193,19 @@ def restore_by_thinking(module: EnergyImageModule, noisy: Images, rng: RandomKey
 
 
 def restore_by_diffusion(
-    module: ImageModule, noisy: Images, rng: RandomKeys, passes: Sequence[int], recursions: Sequence[int]
+    module: ImageModule,
+    noisy: Images,
+    rng: RandomKeys,
+    passes: Sequence[int],
+    recursions: Sequence[int],
+    level: float | None = None,
 ) -> Restored:
     "Return the noisy images and those after each number of passes, for each recursion that divides it."
-    restored, max_steps = {(0, 1): (noisy, None)}, module.config.diffusion.steps
+    restored, max_steps = {(0, 1): (noisy, None)}, module.config.diffusion.first_step(level) + 1
     for k in passes:
         for recursion in recursions:
             if k % recursion == 0 and k // recursion <= max_steps:
-                restored[k, recursion] = restore_images(module, noisy, rng, k, recursion)[0], None
+                restored[k, recursion] = restore_images(module, noisy, rng, k, recursion, level)[0], None
     return restored
 
 # %% ../../nbs/inference/12_restore.ipynb #629d093b
@@ -214,7 +226,7 @@ def measure_restoration(
             if isinstance(module, EnergyImageModule):
                 restored = restore_by_thinking(module, noisy, rng, passes)
             else:
-                restored = restore_by_diffusion(module, noisy, rng, passes, recursions)
+                restored = restore_by_diffusion(module, noisy, rng, passes, recursions, level)
             for (k, recursion), (images, energies) in restored.items():
                 quality = measure_quality(images, clean)
                 columns = [quality.psnr, quality.ssim, quality.mse]
@@ -266,21 +278,23 @@ class Restoration:
 DEFAULT_PASSES = (1, 2, 3, 5, 10)
 
 
-def passes_to_measure(module: ImageModule) -> list[int]:
+def passes_to_measure(module: ImageModule, levels: Sequence[float] | None = None) -> list[int]:
     """Return the numbers of forward passes that are measured by default: a few, and the configured number.
 
-    None is larger than the configured number, except where `inference.steps` is not set: an energy model then also
-    thinks longer than it was trained to. The baseline's numbers are multiples of `diffusion.recursion`.
+    None is larger than the configured number, except where the number of steps is not set: an energy model then also
+    thinks longer than it was trained to. The baseline's numbers are multiples of `diffusion.recursion`, and no longer
+    than its process from the step at which it starts for one of the noise `levels`.
     """
     if isinstance(module, EnergyImageModule):
-        configured, recursion = len(module.descent.draw_schedule()), 1
-        is_set = module.descent.inference.steps is not None
+        configured, inference = len(module.descent.draw_schedule()), module.descent.inference
+        is_set = inference.steps is not None or inference.steps_per_landscape is not None
         most = configured if is_set else max(configured, *DEFAULT_PASSES)
-    else:
-        diffusion = module.config.diffusion
-        configured = most = min(diffusion.sampling_steps, diffusion.steps)
-        recursion = diffusion.recursion
-    return sorted({recursion * k for k in (*DEFAULT_PASSES, configured) if k <= most})
+        return sorted({k for k in (*DEFAULT_PASSES, configured) if k <= most})
+    diffusion, passes = module.config.diffusion, set()
+    for level in levels or diffusion.levels_to_measure:
+        most = min(diffusion.sampling_steps, diffusion.first_step(level) + 1)
+        passes |= {diffusion.recursion * k for k in (*DEFAULT_PASSES, most) if k <= most}
+    return sorted(passes)
 
 # %% ../../nbs/inference/12_restore.ipynb #2f3594db
 def evaluate_images(
@@ -295,8 +309,9 @@ def evaluate_images(
 ) -> Restoration:
     """Restore held-out images of a source (by default the training data), and measure their quality.
 
-    Default are the trained and the doubled noise level, `passes_to_measure` and the configured recursion. Raises
-    RestoreError for a model that does not denoise, DataError for data that cannot be used.
+    Default are the configured noise levels (`diffusion.evaluation_levels`, else the trained and the doubled one),
+    `passes_to_measure` and the configured recursion. Raises RestoreError for a model that does not denoise, DataError
+    for data that cannot be used.
     """
     config, begin = module.config, time.perf_counter()
     if config.data.task != "denoise":
@@ -304,13 +319,14 @@ def evaluate_images(
             f"data.task: this model was trained to {config.data.task}, and there is no noisy image to restore; "
             "evaluate one that was trained to denoise"
         )
-    levels = levels or [config.diffusion.level, min(1.0, 2 * config.diffusion.level)]
+    levels = levels or config.diffusion.levels_to_measure
+    passes = passes or passes_to_measure(module, levels)
     if recursions is None:
         recursions = (1,) if isinstance(module, EnergyImageModule) else (config.diffusion.recursion,)
     batches = list(held_out_batches(module, source, split, limit))
     console = Console(stderr=True)
     tracked = track(batches, "restoring", console=console, transient=True, disable=not show_progress)
     with fast_matmul(config.trainer.fast_matmul, module.device.type):
-        rows = measure_restoration(module, tracked, levels, passes or passes_to_measure(module), recursions)
+        rows = measure_restoration(module, tracked, levels, passes, recursions)
     num_images = sum(len(batch["index"]) for batch in batches)
     return Restoration(source or config.data.source, split, num_images, rows, time.perf_counter() - begin)

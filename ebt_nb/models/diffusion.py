@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..compute.rng import RandomKeys
+from ..config.data import NoiseConfig
 from ..config.errors import ConfigError, WorkbenchError
 
 # %% ../../nbs/models/11_diffusion.ipynb #e697360d
@@ -58,7 +59,7 @@ class NoiseSchedule:
     def __init__(self, steps: int = 1000, level: float = 1.0):
         if not 0 < level <= 1:
             raise ConfigError(f"diffusion.level: {level} is not more than 0 and at most 1 (the whole process)")
-        length = int(steps / level)
+        length = NoiseConfig(steps=steps, level=level).chain_length
         if length <= 20:
             raise ConfigError(
                 f"diffusion.steps: the last step of a process of {length} steps (diffusion.steps / diffusion.level) "

@@ -236,13 +236,12 @@ class DescentPolicy(nn.Module):
 
         In training mode `rng`, a single key that is the same on all ranks, decides how often each landscape is
         visited; ValueError is raised if it is missing where that is random. Outside training nothing is drawn: there
-        are `inference.steps` steps, of which the last landscape takes those beyond one each; by default it takes
-        `thinking.visits_max`.
+        are `inference.steps` steps, or `inference.steps_per_landscape` in each landscape, or by default one in each
+        and `thinking.visits_max` in the last.
         """
-        last = self.policy.steps - 1
-        if not self.training and self.inference.steps is not None:
-            return [min(step, last) for step in range(self.inference.steps)]
-        visits = draw_visit_counts(self.policy, rng) if self.training else [1] * last + [self.policy.visits_max]
+        if not self.training:
+            return self.inference.schedule(self.policy)
+        visits = draw_visit_counts(self.policy, rng)
         return [landscape for landscape, count in enumerate(visits) for _ in range(count)]
 
     def draw_step_scale(self, rng: RandomKeys | None, dtype: torch.dtype) -> Float[Tensor, "*batch 1"] | float:
@@ -316,11 +315,11 @@ def update_active(
     """Return which candidates still move; in the first step, where `active` is None, all do.
 
     With `early_stop` a candidate stops once its last step, in the same landscape, has lowered its energy by no more
-    than that.
+    than that. In the next landscape all move again.
     """
-    if active is None:
+    if active is None or landscape != trace.landscapes[-1]:
         return torch.ones_like(energies, dtype=torch.bool)
-    if early_stop is None or landscape != trace.landscapes[-1]:
+    if early_stop is None:
         return active
     return active & (trace.energies[-1] - energies > early_stop)
 
@@ -378,7 +377,7 @@ class Descent(DescentPolicy):
             gradient_norms = gradient.detach().norm(dim=-1)
             check_finite(step, settings.landscape, energies, gradient_norms)
             active = accepted = update_active(active, energies, settings.landscape, trace, early_stop)
-            if early_stop is not None and not active.any():
+            if early_stop is not None and settings.landscape == schedule[-1] and not active.any():
                 break
             moved = self._limit_step_and_move(energy, space, state, gradient, settings)
             if only_lower:

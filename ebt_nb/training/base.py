@@ -294,10 +294,14 @@ class EnergyTrainingModule(TrainingModule):
 
     def inference_notes(self) -> list[str]:
         "Return a line if more thinking steps are asked for than training takes."
-        steps, trained = self.config.inference.steps or 0, self.config.thinking.max_training_steps
+        inference, trained = self.config.inference, self.config.thinking.max_training_steps
+        key = "inference.steps"
+        if inference.steps is None and inference.steps_per_landscape is not None:
+            key = "inference.steps_per_landscape"
+        steps = len(inference.schedule(self.config.thinking))
         if steps <= trained:
             return []
-        return [f"inference.steps: {steps} thinking steps, and training takes at most {trained}; more may be worse"]
+        return [f"{key}: {steps} thinking steps, and training takes at most {trained}; more may be worse"]
 
     def setup(self, stage: str) -> None:
         """Allocate the replay buffer when training begins.
