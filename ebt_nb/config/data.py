@@ -72,9 +72,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_prefetch(self):
         if self.prefetch is not None and not self.workers:
-            raise ValueError(
-                "prefetch: nothing is loaded ahead without data.workers; set it to 1 or more, or leave it out"
-            )
+            raise ValueError("prefetch: has no effect with data.workers=0; set data.workers, or leave it out")
         return self
 
 # %% ../../nbs/config/04_data.ipynb #c07d0846

@@ -226,8 +226,7 @@ def select_steps(
 ) -> list[int]:
     """Return the steps that a selector means among those that exist.
 
-    `read_losses` returns step -> what is lowest at the best, such as the validation loss. Raises RemoteError when the
-    selector means none.
+    `read_losses` returns step -> a number that is lowest at the best. Raises RemoteError when the selector means none.
     """
     steps = sorted(steps)
     if steps and selector == "all":

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Energy', 'LOWEST_NOISE', 'Trace', 'pad_with_last', 'energy_and_gradient', 'DivergenceError', 'check_finite',
-           'largest_curvature', 'StepSettings', 'draw_visit_counts', 'DescentPolicy', 'unsqueeze_like', 'update_active',
-           'is_lower', 'Descent']
+           'StepSettings', 'draw_visit_counts', 'DescentPolicy', 'unsqueeze_like', 'update_active', 'is_lower',
+           'Descent']
 
 # %% ../../nbs/thinking/01_descent.ipynb #3636bee5
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..compute.curvature import largest_curvature
 from ..compute.graph import is_tracing
 from ..compute.rng import RandomKeys
 from ..config.errors import WorkbenchError
@@ -148,29 +149,6 @@ def check_finite(
         f"thinking.clamp with several steps that are not detached, optim.warmup_steps too few, or 16-bit precision "
         f"overflowing"
     )
-
-# %% ../../nbs/thinking/01_descent.ipynb #a8f9f38e
-def largest_curvature(
-    energy: Energy, space: PredictionSpace, state: State, landscape: int, iterations: int = 3
-) -> Float[Tensor, "*scored"]:
-    """Return the size of the energy's largest second derivative along a direction of the candidate, as a constant.
-
-    It is found by power iteration from the gradient's direction, so it is a lower bound.
-    """
-    with torch.enable_grad():
-        value = state.value.detach().requires_grad_()
-        energies = energy(space.embed(state._replace(value=value, matmul_value=None)), landscape)
-        (gradient,) = torch.autograd.grad(energies.sum(), value, create_graph=True)
-        axes = tuple(range(energies.ndim, value.ndim))
-
-        def norm(vectors):
-            return vectors.square().sum(axes, keepdim=True).sqrt()
-
-        product = gradient.detach()
-        for _ in range(iterations):
-            direction = product / norm(product).clamp(min=torch.finfo(product.dtype).tiny)
-            (product,) = torch.autograd.grad(gradient, value, direction, retain_graph=True)
-    return norm(product).reshape(energies.shape)
 
 # %% ../../nbs/thinking/01_descent.ipynb #512211d5
 LOWEST_NOISE = 1e-6  # of a learned standard deviation
@@ -411,7 +389,10 @@ class Descent(DescentPolicy):
         "Return the moved candidates. The step size is limited by the curvature of the energy if the policy says so."
         step_size = settings.step_size
         if self.policy.curvature is not None:
-            iterations = self.policy.curvature_iterations
-            curvature = largest_curvature(energy, space, state, settings.landscape, iterations)
+
+            def energy_of(value):
+                return energy(space.embed(state._replace(value=value, matmul_value=None)), settings.landscape)
+
+            curvature = largest_curvature(energy_of, state.value, self.policy.curvature_iterations)
             step_size = torch.minimum(step_size, unsqueeze_like(self.policy.curvature / curvature, state.value))
         return space.move(state, gradient, step_size, settings.bound, settings.detach_direction)

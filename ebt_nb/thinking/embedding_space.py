@@ -103,8 +103,8 @@ class ScoringEmbeddingSpace(ScoringSpace):
         "Return the first candidates, one for every key, and score them if `objective.start_weight` says so."
         candidate = self.space.start(rng, dtype)
         if self.objective.start_weight:
-            smoothing = self.objective.smoothing_of_step(0, self.num_steps)
-            self._add_loss(candidate, self.objective.start_weight, smoothing, self.objective.start_every)
+            objective = self.objective
+            self._add_loss(candidate, objective.start_weight, objective.label_smoothing, objective.start_every)
         return candidate
 
     def enter(

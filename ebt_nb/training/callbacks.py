@@ -78,6 +78,10 @@ class MetricsRecorder(pl.Callback):
             row["memory_gib"] = memory_in_use(trainer.strategy.root_device)
         self.write(trainer, row | {f"{module.unit_name}_per_second": units_per_second})
 
+    def exclude_from_speed(self, seconds: float) -> None:
+        "Leave out time that was not spent training."
+        self.row_start += seconds
+
     def on_validation_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Note the time, which does not count for the speed."
         self.validation_start = time.perf_counter()
@@ -86,7 +90,7 @@ class MetricsRecorder(pl.Callback):
         "Write a row with the metrics of a validation."
         if trainer.sanity_checking:
             return
-        self.row_start += time.perf_counter() - self.validation_start
+        self.exclude_from_speed(time.perf_counter() - self.validation_start)
         metrics = trainer.callback_metrics.items()
         self.write(trainer, {name: float(value) for name, value in metrics if name.startswith("val/")})
 
@@ -107,11 +111,13 @@ class Console:
     Attributes:
         path: the log file.
         show: a function that shows a line; None: lines are not shown. It is dropped when nobody reads its output.
+        trackers: receive every line too.
     """
 
     def __init__(self, path: Path, show: Callable[[str], None] | None = None):
         self.path = path
         self.show = show
+        self.trackers: list[Tracker] = []
 
     def log_line(self, text: str) -> None:
         "Write a line with the time, and show it. Raises WorkbenchError when the file cannot be written."
@@ -122,6 +128,8 @@ class Console:
             raise WorkbenchError(
                 f"{self.path}: cannot be written ({error.strerror}); free some space, then resume the run"
             ) from None
+        for tracker in self.trackers:
+            tracker.log_console(text)
         if self.show is None:
             return
         try:

@@ -76,9 +76,8 @@ def calibrate_image_energy_head(model: BidirectionalEBT, config: RunConfig, samp
     Returns the standard deviation before.
     """
     rng, space = image_rng(config.run.seed, torch.arange(samples)), image_space(model, config)
-    descent = Descent(
-        config.thinking.model_copy(update=dict(clamp=None, noise=0.0, learn_noise=False, curvature=None))
-    ).eval()
+    plain = dict(clamp=None, noise=0.0, learn_noise=False, curvature=None)
+    descent = Descent(config.thinking.model_copy(update=plain)).eval()
     start = rng.for_purpose("calibration").normal(space.width, model.energy_head.weight.dtype)
     captions = start.new_zeros(samples, config.encoder.caption_width) if uses_captions(config) else samples
     energy = model.condition_on(model.observe(captions))
