@@ -112,6 +112,12 @@ class LanguageModelConfig(ModelConfig):
 class EnergyTransformerConfig(LanguageModelConfig, EnergyHeadConfig):
     "The energy-based transformer: scores candidates for the next token."
 
+    init: Literal["calibrated", "reference", "reference_he"] = Field(
+        "calibrated",
+        description="'calibrated' starts with a loss near that of a uniform guess; "
+        "'reference' is the start of the published code (Xavier), with a loss in the hundreds to thousands; "
+        "'reference_he' its other choice of matrices (He)",
+    )
     kind: Literal["ebt"] = Field("ebt", description="energy-based transformer for language")
     conditioning: Conditioning = Field(
         "step_embed", description="how the network is told which thinking step ('landscape') it is in"

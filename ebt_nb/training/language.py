@@ -52,8 +52,8 @@ def build_language_network(config: RunConfig) -> EnergyTransformer | Transformer
         if config.thinking.rule == "embedding":
             return EnergyTransformer.for_embeddings(**shape, guess=config.thinking.guess, **options)
         model = EnergyTransformer.for_tokens(**shape, **options)
-        if m.init == "reference":
-            initialise_as_published(model)
+        if m.init != "calibrated":
+            initialise_as_published(model, "he" if m.init == "reference_he" else "xavier")
         return model
 
 # %% ../../nbs/training/06_language.ipynb #8be06c18
@@ -66,7 +66,7 @@ def prediction_space(model: EnergyTransformer, config: RunConfig) -> TokenSpace 
     thinking, std = config.thinking, config.thinking.start_std
     if thinking.rule == "embedding":
         return EmbeddingSpace(model.readout, thinking.start, std)
-    if thinking.rule != "probabilities" and config.model.init != "reference":
+    if thinking.rule != "probabilities" and config.model.init == "calibrated":
         std = min(std, config.model.first_step_std)
     return TokenSpace(model.candidate_table, thinking.rule, thinking.start, std)
 
