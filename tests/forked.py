@@ -1,70 +1,39 @@
-"""Run `ebt` in its own process without importing anything first: it is forked from a process that has all imports.
+"""Run `ebt` in its own process without importing anything first (`runs/07_fork_server`).
 
 Everything else is as with the installed command, which each file of tests also starts once or twice.
 """
 
-import json
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 from pathlib import Path
 
-FORKER = """
-import gc, json, os, signal, sys, traceback
-gc.set_threshold(10_000)
-import nbconvert, papermill
-import ebt_nb.cli.main, ebt_nb.jobs.launch, ebt_nb.jobs.notebook_jobs, ebt_nb.inference.evaluate
-import ebt_nb.inference.generate
+from ebt_nb.runs.fork_server import PRELOADED, ForkServer
 
-def run_command(order):
-    os.setsid()
-    signal.alarm(600)
-    os.chdir(order["cwd"])
-    os.environ.update(order["environment"])
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in enumerate(order["files"], 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    code = 1
-    try:
-        exec(order["setup"], {})
-        code = ebt_nb.cli.main.main(order["words"])
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+TESTS = str(Path(__file__).resolve().parent)
+LIMIT = 600  # seconds after which a command is ended
 
-for line in sys.stdin:
-    order = json.loads(line)
-    if isinstance(order, int):
-        print(os.waitstatus_to_exitcode(os.waitpid(order, 0)[1]), flush=True)
-    elif child := os.fork():
-        print(child, flush=True)
-    else:
-        run_command(order)
-"""
+
+def run_after_setup(words: list[str]) -> int:
+    "Execute Python code, the first word, and then run `ebt` with the other words; return the exit code."
+    import ebt_nb.cli.main
+
+    setup, *words = words
+    signal.alarm(LIMIT)
+    exec(setup, {})
+    return ebt_nb.cli.main.main(words)
 
 
 class Forker:
     "Starts `ebt` commands, each in a session of its own, and waits for them."
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def send(self, order) -> int:
-        "Send an order (a command, or a process to wait for); return the number that is the answer."
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, (TESTS, environment.get("PYTHONPATH"))))
+        modules = ("ebt_nb.jobs.notebook_jobs", "ebt_nb.inference.evaluate", "ebt_nb.inference.generate")
+        self.environment = environment | {"PYTHONPATH": path}
+        self.server = ForkServer((*PRELOADED, *modules, "nbconvert", "papermill", "forked"), self.environment)
+        self.commands = {}  # by process id
 
     def start(
         self,
@@ -79,19 +48,21 @@ class Forker:
 
         `setup` is Python code that the process executes before the command.
         """
-        return self.send(
-            dict(
-                words=[*map(str, words)],
-                cwd=str(Path(cwd).absolute()),
-                files=[str(out), str(err or out)],
-                environment=environment or {},
-                setup=setup,
-            )
+        command = self.server.start(
+            [setup, *words],
+            out,
+            err,
+            cwd=cwd,
+            environment=self.environment | (environment or {}),
+            new_session=True,
+            function="forked:run_after_setup",
         )
+        self.commands[command.pid] = command
+        return command.pid
 
     def wait(self, pid: int) -> int:
         "Wait for a process that was started here; return its exit code."
-        return self.send(pid)
+        return self.commands.pop(pid).wait()
 
     def run(self, *words, **options) -> tuple[int, str, str]:
         "Run a command to its end; return exit code, output and errors."
@@ -102,5 +73,4 @@ class Forker:
 
     def close(self) -> None:
         "End the process that forks."
-        self.process.stdin.close()
-        self.process.wait()
+        self.server.close()

@@ -101,6 +101,12 @@ EXPERIMENTS = {
         r"nearer to its own target",
         5,
     ),
+    "shipped_models": (
+        "text/quickstart",
+        TEXT | {"rows": 2},
+        r"float16 changes the validation loss by [+-]0\.\d+ and [+-]",
+        2,
+    ),
     "benchmark": (None, BENCHMARK, r"as long as a Transformer\+\+ step", 2),
 }
 ELSEWHERE = {  # what needs trained models, or data with mistakes, is run by another test

@@ -25,6 +25,7 @@ SMALL = {
     "data.tokenizer": "austen_2k",
     "data.context": 16,
     "data.batch_size": 4,
+    "data.effective_batch": 8,
     "data.max_documents": 1,
     "trainer.max_steps": 1,
     "trainer.val_batches": 1,
@@ -71,7 +72,9 @@ def test_pretraining(script, preset, extra, root, tmp_path):
     [run] = find_runs(tmp_path / "runs")
     assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
     if "GPUS" in extra:
-        assert "x 2 processes" in done.stdout
+        assert "x 1 accumulated x 2 processes = 8 sequences" in done.stdout
+    else:
+        assert "x 2 accumulated x 1 processes = 8 sequences" in done.stdout
 
 
 IMAGES = {
@@ -81,6 +84,7 @@ IMAGES = {
     "data.source": "emoji",
     "data.image_size": 16,
     "data.batch_size": 4,
+    "data.effective_batch": 4,
     "data.max_documents": 80,
     "model.patch": 4,
     "trainer.max_steps": 1,
@@ -95,7 +99,7 @@ IMAGES = {
     "script, preset, extra",
     [
         ("pretrain_denoising/ebt_s2", "image/denoise_ebt_s2", {"thinking.replay": 4}),
-        ("pretrain_denoising/baseline_dit", "image/denoise_dit", {}),
+        ("pretrain_denoising/baseline_dit", "image/denoise_dit", {"diffusion.recursion": 1}),
         ("pretrain_t2i/ebt_s1", "image/t2i_ebt_s1", {"model.patch": 1}),
     ],
 )

@@ -14,10 +14,9 @@ from ebt_nb.jobs.parallel import fit_many
 from ebt_nb.runs.folders import Run, is_run_folder
 from ebt_nb.training.fit import fit
 
-# `ebt`, which waits for a signal before every twentieth update, so that no run ends before it is interrupted
-PAUSING_EBT = """
+# training waits for a signal before every twentieth update, so that no run ends before it is interrupted
+PAUSING = """
 import time
-from ebt_nb.cli.main import main
 from ebt_nb.training.checkpoint_saving import CheckpointSaver
 
 def wait_for_signal(self, trainer, *args):
@@ -26,16 +25,16 @@ def wait_for_signal(self, trainer, *args):
 
 assert "on_train_batch_start" not in vars(CheckpointSaver)
 CheckpointSaver.on_train_batch_start = wait_for_signal
-raise SystemExit(main())
 """
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)          # it is ignored in a background job of a shell
 from ebt_nb.config.overrides import load_config
-from ebt_nb.jobs.parallel import TRAIN_COMMAND, fit_many
+from ebt_nb.jobs.parallel import ForkServer, fit_many
+from ebt_nb.runs.fork_server import PRELOADED
 from pathlib import Path
 configs = {path.stem: load_config(path) for path in sorted(Path(sys.argv[1]).glob("*.yaml"))}
-TRAIN_COMMAND[1 : TRAIN_COMMAND.index("train")] = [sys.argv[1] + "/pausing_ebt.py"]
+ForkServer.__init__.__defaults__ = ((*PRELOADED, "pausing"), None)
 fit_many(configs, sys.argv[2], processes=2)
 """
 TINY = {
@@ -67,7 +66,7 @@ def test_interrupted_runs_are_resumed(tmp_path):
         config = build_config("text/quickstart", TINY | {"run.seed": seed})
         (tmp_path / f"seed-{seed}.yaml").write_text(config.to_yaml())
     (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "pausing_ebt.py").write_text(PAUSING_EBT)
+    (tmp_path / "pausing.py").write_text(PAUSING)
     folders = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2, 3)]
 
     for send_signal in (os.kill, os.killpg):
@@ -77,6 +76,7 @@ def test_interrupted_runs_are_resumed(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         )
         deadline = time.monotonic() + LONG
         while not all(count_rows(folder) > rows + 3 for folder, rows in zip(folders[:2], rows_before)):

@@ -228,3 +228,23 @@ def test_longer(folder):
     fit(longer, run, resume=True, progress="none")
     assert run.metrics[: len(before)] == before
     assert_identical(final_state(run)["state_dict"], final_state(fit(longer, progress="none"))["state_dict"])
+
+
+def test_an_update_keeps_its_size_when_batches_change(folder):
+    "With data.effective_batch, fewer rows at a time (as on fewer devices) are more batches of the same update."
+    settings = {"model.kind": "transformer", "data.effective_batch": 8, "optim.schedule_steps": 14}
+    whole = fit(small_config(folder, **settings), progress="none")
+    run = fit(small_config(folder, **settings, **{"trainer.max_steps": 6}), progress="none")
+    for batch_size, max_steps in [(2, 11), (8, 14)]:  # 4 batches of 2 rows, then one of 8
+        changed = small_config(folder, **settings, **{"data.batch_size": batch_size, "trainer.max_steps": max_steps})
+        fit(changed, run, resume=True, progress="none")
+    assert (
+        "2 sequences x 16 tokens x 4 accumulated x 1 processes = 8 sequences" in (run.dir / "console.log").read_text()
+    )
+    rows, expected = ([row for row in one.metrics if "train/loss" in row] for one in (run, whole))
+    steps = [row["step"] for row in expected]
+    kept = {row["step"]: row for row in rows if row["step"] in steps}  # the last update of a run is always logged
+    assert list(kept) == steps and len(steps) == 7
+    for row in expected:
+        for name in ("train/loss", "lr"):
+            assert kept[row["step"]][name] == pytest.approx(row[name], rel=1e-4), (row["step"], name)

@@ -34,7 +34,7 @@ Images = Float[Tensor, "batch channels rows columns"]
 
 def show_image(axis: Axes, image: Float[Tensor, "channels rows columns"]) -> None:
     "Draw one image of values in -1 to 1 (others are clipped), grey or in colour."
-    pixels = ((image.detach().float().clamp(-1, 1) + 1) / 2).movedim(0, -1).numpy()
+    pixels = ((image.detach().float().clamp(-1, 1) + 1) / 2).movedim(0, -1).cpu().numpy()
     if pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     axis.imshow(pixels, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
@@ -119,7 +119,8 @@ def plot_patch_energies(module: EnergyImageModule, images: Images, clean: Images
 
     The title has the correlations of energy and error, over all patches of all images.
     """
-    energies, errors = compute_patch_energies(module, images), compute_patch_errors(module, images, clean)
+    energies = compute_patch_energies(module, images).cpu()
+    errors = compute_patch_errors(module, images, clean).cpu()
     linear, rank = correlations(energies.flatten(), errors.flatten())
     count = min(most, len(images))
     figure, axes = create_figure(0.9 * count + 0.8, 3.1, 3, count)

@@ -33,7 +33,7 @@ def flatten_pixels(images: Images) -> Float[Tensor, "batch size"]:
 
 @torch.no_grad()
 def extract_features(features: Features, batches: Iterable[Batch], most: int) -> LabelledFeatures:
-    "Return features and labels of the first `most` images. Raises AnalysisError for images without labels."
+    "Return features and labels of the first `most` images, on the CPU. Raises AnalysisError for images without labels."
     parts, labels, count = [], [], 0
     for batch in batches:
         if "label" not in batch:
@@ -41,8 +41,8 @@ def extract_features(features: Features, batches: Iterable[Batch], most: int) ->
                 "data.source: these images have no labels to classify by; take 'fashion_mnist', 'emoji', or a data set "
                 "with data.label_column"
             )
-        parts.append(features(batch["image"]))
-        labels.append(batch["label"])
+        parts.append(features(batch["image"]).cpu())
+        labels.append(batch["label"].cpu())
         count += len(batch["index"])
         if count >= most:
             break
@@ -114,6 +114,6 @@ def run_probe(
     data.setup("evaluate")
     features = module.model.features if features is None else features
     return fit_probe(
-        extract_features(features, data.held_out_dataloader("train"), train),
-        extract_features(features, data.held_out_dataloader("test"), test),
+        extract_features(features, map(module.move_batch, data.held_out_dataloader("train")), train),
+        extract_features(features, map(module.move_batch, data.held_out_dataloader("test")), test),
     )

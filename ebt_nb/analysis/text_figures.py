@@ -78,7 +78,7 @@ def predict_batches(
     data.setup("validate")
     check_split(split, list(data.splits), source)
     predicted, num_rows = PredictedBatches([], [], []), 0
-    for batch in data.held_out_dataloader(split):
+    for batch in map(module.move_batch, data.held_out_dataloader(split)):
         trace, targets = module.compute_objective(batch).trace, batch["targets"]
         predicted.batches.append(batch)
         if trace is None:

@@ -83,7 +83,18 @@ BENCH_ARGUMENTS = (
         metavar="P,P",
         help="train, memory: number formats, any of 32-true and bf16-mixed",
     ),
-    argument("--device", choices=["cpu", "cuda"], default="cpu", help="train, memory: device"),
+    argument(
+        "--accelerator",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="device to measure on; auto is the GPU if there is one",
+    ),
+    argument(
+        "--matmul-precision",
+        choices=["highest", "high", "medium"],
+        default="highest",
+        help="on a GPU: how exactly float32 matrices are multiplied (trainer.matmul_precision)",
+    ),
     argument("--compile", action="store_true", help="train, memory: compile each step, which takes minutes first"),
     argument("--repeats", type=positive_int, default=5, help="train: measurements of each step"),
     json_argument(),
@@ -92,8 +103,8 @@ BENCH_ARGUMENTS = (
 # %% ../../nbs/cli/08_bench.ipynb #7ad9b279
 OPTIONS_OF = {
     "generate": ("seconds",),
-    "train": ("precision", "device", "compile", "repeats"),
-    "memory": ("precision", "device", "compile"),
+    "train": ("precision", "compile", "repeats"),
+    "memory": ("precision", "compile"),
 }
 
 
@@ -114,27 +125,30 @@ def bench(args: argparse.Namespace) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no GPU that torch can use; leave it out")
-    from ebt_nb.training.trainer import describe_slow_precision
+    from ebt_nb.compute.matmul import matmul_precision
+    from ebt_nb.training.trainer import describe_slow_precision, select_device
 
+    device = select_device(args.accelerator, "--accelerator").type
+    if device == "cpu" and args.matmul_precision != "highest":
+        raise ConfigError(f"--matmul-precision {args.matmul_precision}: acts on a GPU only; leave it out on a CPU")
     for precision in args.precision:
-        for line in describe_slow_precision(precision, args.device, "--precision"):
+        for line in describe_slow_precision(precision, device, "--precision"):
             print(line, file=sys.stderr, flush=True)
     shape = {name: getattr(args, name) for name in BENCH_SHAPE}
     format_result = {"generate": format_generation, "train": format_training, "memory": format_memory}[args.what]
     results = []
     for batch in args.batch or DEFAULT_BATCHES[args.what]:
-        for result in measure_batch(args, shape | {"batch": batch}):
-            results.append(result)
-            if not args.json:
-                print(format_result(result), flush=True)
+        with matmul_precision(args.matmul_precision, device):
+            for result in measure_batch(args, shape | {"batch": batch}, device):
+                results.append(result)
+                if not args.json:
+                    print(format_result(result), flush=True)
     if args.json:
-        print(format_json(shape | {"results": results}))
+        print(format_json(shape | {"device": device, "results": results}))
 
 
-def measure_batch(args: argparse.Namespace, shape: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    "Yield the measurements for one batch size."
+def measure_batch(args: argparse.Namespace, shape: dict[str, Any], device: str) -> Iterator[dict[str, Any]]:
+    "Yield the measurements for one batch size on a kind of device."
     from ebt_nb.inference.bench import compare_generation
     from ebt_nb.training.cost import (
         BenchmarkShape,
@@ -145,14 +159,15 @@ def measure_batch(args: argparse.Namespace, shape: dict[str, Any]) -> Iterator[d
 
     benchmark = BenchmarkShape(**shape)
     if args.what == "generate":
-        yield compare_generation(build_benchmark_module(benchmark).eval(), benchmark.batch, args.seconds).summary()
+        module = build_benchmark_module(benchmark, device=device).eval()
+        yield compare_generation(module, benchmark.batch, args.seconds).summary()
     elif args.what == "train":
-        options = dict(device=args.device, compiled=args.compile)
+        options = dict(device=device, compiled=args.compile)
         yield compare_training_steps(benchmark, args.precision, args.repeats, **options)
     else:
         for kind in ("ebt", "transformer"):
             for precision in args.precision:
-                yield measure_step_memory(benchmark, kind, precision, args.device, args.compile)
+                yield measure_step_memory(benchmark, kind, precision, device, args.compile)
 
 # %% ../../nbs/cli/08_bench.ipynb #a71ae456
 def count_threads(count: int) -> str:

@@ -7,7 +7,7 @@ __all__ = ['presets', 'list_config_keys', 'list_kinds', 'format_type', 'annotate
 
 # %% ../../nbs/cli/02_presets.ipynb #79eaf56d
 import argparse
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from .commands import argument, command
 from ..config.errors import ConfigError
@@ -64,6 +64,9 @@ def format_type(annotation: Any) -> str:
     "Return a type as text: choices separated by |, else its name."
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
+    members = get_args(annotation) if get_origin(annotation) is Union else ()
+    if any(get_origin(member) is Literal for member in members):
+        return "|".join(map(format_type, members))
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 # %% ../../nbs/cli/02_presets.ipynb #61adbb92

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/cli/06_text.ipynb #76709fe3
 @command(
     "continue prompts with a trained model",
-    checkpoint_argument(),
+    checkpoint_argument(optional=True),
     argument("--prompt", action="append", help="text to continue (generation.prompt); may be repeated"),
     argument("--tokens", metavar="N", help="number of tokens to add (generation.max_new_tokens)"),
     argument("--temperature", help="0 takes the likeliest token (generation.temperature)"),
@@ -205,7 +205,7 @@ def format_value(value: Any) -> str:
 # %% ../../nbs/cli/06_text.ipynb #0751d71d
 @command(
     "measure a trained model on held-out text, a question set or noisy images",
-    checkpoint_argument("; RUN:all measures each checkpoint"),
+    checkpoint_argument("; RUN:all measures each checkpoint", optional=True),
     argument(
         "--visualize",
         nargs="?",

@@ -80,6 +80,8 @@ def check_train_arguments(args: argparse.Namespace) -> None:
         )
     if args.checkpoint and not args.resume:
         raise ConfigError(f"--checkpoint {args.checkpoint}: of which run? Name it with --resume RUN")
+    if args.fast_dev_run and args.resume:
+        raise ConfigError(f"--fast-dev-run: keeps nothing, and cannot resume {args.resume}; give a configuration")
     if args.preset and (args.config or args.resume):
         other = args.config or f"--resume {args.resume}"
         raise ConfigError(f"ebt train: --preset {args.preset} and {other} are two configurations; give one")
@@ -130,6 +132,11 @@ def is_setting(word: str) -> bool:
         metavar="WHICH",
         help="with --resume: start from this checkpoint instead of the last, such as best or step=200",
     ),
+    argument(
+        "--fast-dev-run",
+        action="store_true",
+        help="only try whether everything works: one training batch and one of validation, of which nothing is kept",
+    ),
     argument("--as-part", action="store_true", help=argparse.SUPPRESS),  # of a job that is queued again as a whole
     argument("--as-rank", action="store_true", help=argparse.SUPPRESS),  # one of several, started by `launch`
     parse_rest=parse_sweep_words,
@@ -143,6 +150,13 @@ def train(args: argparse.Namespace) -> None:
         earlier, checkpoint = find_resumable_run(args.resume, default_runs_dir())
     has_config = args.config or args.preset
     config = load_given_config(args) if has_config else override_config(earlier.config, args.settings)
+    if args.fast_dev_run:
+        from ebt_nb.training.development_run import run_one_batch
+
+        metrics = run_one_batch(config, progress_style())
+        losses = ", ".join(f"{name} {metrics[name]:.4g}" for name in ("train/loss", "val/loss"))
+        print(f"a training batch and a validation batch went through ({losses}); nothing was kept")
+        return
     if args.as_rank:
         terminate_with_parent()
     from ebt_nb.jobs.launch import find_run_of_this_job, launch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PackedWeights', 'MAX_PACKED_ROWS', 'HAS_PACKED_KERNELS', 'CPU_INFO', 'BFLOAT16_FLAGS', 'ISA_LIMITS_WITHOUT_BFLOAT16',
            'PackedWeight', 'use_packed_weights', 'linear', 'linear_pullback', 'read_cpu_flags', 'is_mkl_slow',
-           'fast_matmul', 'has_bfloat16_instructions']
+           'fast_matmul', 'matmul_precision', 'has_bfloat16_instructions']
 
 # %% ../../nbs/compute/02_matmul.ipynb #e012cba4
 import os
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,13 +143,28 @@ def is_mkl_slow() -> bool:
 
 
 @contextmanager
-def fast_matmul(enabled: bool = True) -> Iterator[None]:
+def fast_matmul(enabled: bool = True, device: str = "cpu") -> Iterator[None]:
     """Inside, let oneDNN do float32 products if `enabled`, where it is exact and MKL is slow (`is_mkl_slow`).
 
-    For work in few different shapes: oneDNN prepares a kernel for every shape.
+    For work in few different shapes: oneDNN prepares a kernel for every shape. Work on another kind of `device` than a
+    CPU is left alone.
     """
-    with _onednn_precision("bf16" if enabled and is_mkl_slow() else None):
+    with _onednn_precision("bf16" if enabled and device == "cpu" and is_mkl_slow() else None):
         yield
+
+# %% ../../nbs/compute/02_matmul.ipynb #c63323f0
+@contextmanager
+def matmul_precision(precision: Literal["highest", "high", "medium"], device: str) -> Iterator[None]:
+    "Inside, let a GPU (`device` 'cuda') multiply float32 matrices this precisely; nothing changes for other devices."
+    if device != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 # %% ../../nbs/compute/02_matmul.ipynb #4abd6241
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # as /proc/cpuinfo names them

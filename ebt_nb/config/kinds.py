@@ -69,6 +69,14 @@ class RunConfig(Section):
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @model_validator(mode="after")
+    def _check_scaling(self):
+        if self.optim.lr_scaling and self.data.effective_batch is None:
+            raise ValueError(
+                "optim.lr_scaling: scales learning rates with data.effective_batch; set that, or leave it out"
+            )
+        return self
+
     @property
     def is_energy_model(self) -> bool:
         "Whether the model thinks: whether it has a step size and takes steps."
@@ -147,9 +155,11 @@ class EnergyLanguageConfig(LanguageConfig):
             raise ValueError(
                 "objective.start_weight: a start is a prediction only with thinking.rule=embedding; leave it out"
             )
+        if self.objective.soft_targets is not None and self.thinking.max_training_steps == 1:
+            raise ValueError("objective.soft_targets: has no effect on a single thinking step; leave it out")
         if self.objective.start_every > 1 and not self.objective.start_weight:
             raise ValueError("objective.start_every: has no effect without objective.start_weight; leave it out")
-        if self.model.init == "reference" and self.thinking.rule == "embedding":
+        if self.model.init != "calibrated" and self.thinking.rule == "embedding":
             raise ValueError(
                 "model.init: the published start is one of candidates over the vocabulary; set model.init=calibrated, "
                 "or thinking.rule=probabilities"

@@ -31,8 +31,8 @@ from ebt_nb.config.kinds import (
     section_fields,
     validate_config,
 )
-from .models import SIZES
-from .presets import PRESETS, convert_tree, shape_of_size
+from .models import SIZES, shape_of_size
+from .presets import PRESETS, convert_tree
 
 # %% ../../nbs/config/07_overrides.ipynb #90dbec76
 class PlainScalar(str):
@@ -84,9 +84,9 @@ def convert_text(text: str, annotation: Any) -> Any:
 
     A text that is no value of the type is returned as it is; pydantic refuses it. `Any` guesses (`parse_value`).
     """
-    if annotation is Any:
-        return parse_value(text)
     kind = type_without_none(annotation)
+    if kind is Any:
+        return parse_value(text)
     if kind is not annotation and text == "null":
         return None
     if get_origin(kind) is Literal:
@@ -101,10 +101,11 @@ def convert_text(text: str, annotation: Any) -> Any:
 
 
 def type_without_none(annotation: Any) -> Any:
-    "Return T of `T | None`, and any other type as it is."
+    "Return T of `T | None`, Any for a choice of several types, and any other type as it is."
     if get_origin(annotation) not in (Union, UnionType):
         return annotation
-    return next(member for member in get_args(annotation) if member is not NoneType)
+    members = [member for member in get_args(annotation) if member is not NoneType]
+    return members[0] if len(members) == 1 else Any
 
 
 def _read_number(text: str, kind: type) -> Any:
@@ -191,7 +192,7 @@ def field_type(key: str) -> Any:
 
 def takes_null(key: str) -> bool:
     "Whether a dotted key may have no value, which is written `null`."
-    return type_without_none(field_type(key)) is not field_type(key)
+    return NoneType in get_args(field_type(key))
 
 # %% ../../nbs/config/07_overrides.ipynb #f102c7f1
 def override_config(config: RunConfig, settings: Sequence[str] | dict[str, Any]) -> RunConfig:

@@ -9,7 +9,7 @@ __all__ = ['Section', 'RunSection', 'OptimConfig', 'EnergyOptimConfig', 'Trainer
 # %% ../../nbs/config/01_sections.ipynb #221cea99
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -62,13 +62,44 @@ class OptimConfig(Section):
     )
     peak_lr: float = Field(1.2e-3, gt=0, description="peak learning rate of the network")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates")
-    weight_decay: float = Field(
-        0.01, ge=0, description="decoupled weight decay; none on alpha, gains, biases and embeddings"
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, of what optim.decay says")
+    decay: Literal["matrices", "all"] = Field(
+        "matrices",
+        description="what is decayed: 'matrices' of linear layers, or 'all' but alpha (gains, biases, embeddings too)",
     )
     warmup_steps: int = Field(10_000, ge=0, description="updates of linear warm-up")
+    warmup_start_divider: float | None = Field(
+        None, ge=1, description="warm-up starts from each group's peak divided by this number; null: from zero"
+    )
+    schedule_steps: int | None = Field(
+        None,
+        ge=1,
+        description="updates of the learning-rate schedule, warm-up included; a longer run stays at the last rate; "
+        "null: as many as the run has (trainer.max_steps)",
+    )
     decay_divisor: float = Field(
         10.0, ge=1, description="each group decays (cosine) to its own peak divided by this number"
     )
+    lr_scaling: bool = Field(
+        False,
+        description="multiply the peak learning rates by data.effective_batch / 256, so that optim.peak_lr is that of "
+        "256 samples in an update",
+    )
+    lars_trust_coefficient: float = Field(
+        0.001, gt=0, description="LARS only: size of a step as a share of the norm of the weights"
+    )
+
+    @model_validator(mode="after")
+    def _check_keys_act(self):
+        if self.schedule_steps is not None and self.schedule_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule_steps: a schedule of {self.schedule_steps:,} updates ends in its warm-up of "
+                f"{self.warmup_steps:,}; raise it, or lower optim.warmup_steps"
+            )
+        trust_coefficient = type(self).model_fields["lars_trust_coefficient"].default
+        if self.name != "lars" and self.lars_trust_coefficient != trust_coefficient:
+            raise ValueError(f"lars_trust_coefficient: has no effect with optim.name={self.name}; leave it out")
+        return self
 
 
 class EnergyOptimConfig(OptimConfig):
@@ -83,7 +114,9 @@ class TrainerConfig(Section):
     "Length of training, hardware, validation and checkpoints."
 
     max_steps: int = Field(1_000_000, ge=1, description="optimiser updates")
-    accumulate_grad_batches: int = Field(1, ge=1, description="batches per update")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="batches per update and process; with data.effective_batch it is derived: leave it out"
+    )
     gradient_clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(
         "32-true",
@@ -91,7 +124,9 @@ class TrainerConfig(Section):
         "16-mixed is for GPUs",
     )
     accelerator: str = Field("auto", description="'auto', 'cpu', 'gpu'")
-    devices: int = Field(1, ge=1, description="devices per node")
+    devices: Literal["all"] | int | list[int] = Field(
+        1, description="devices per node: a number, 'all' GPUs of the machine (or -1), or a list of GPUs such as [0, 2]"
+    )
     nodes: int = Field(1, ge=1, description="nodes")
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
@@ -103,6 +138,12 @@ class TrainerConfig(Section):
         True,
         description="multiply float32 matrices with oneDNN where it is exact and torch's default is slow "
         "(AMD processors)",
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest",
+        description="how exactly a GPU multiplies float32 matrices (torch.set_float32_matmul_precision): highest in "
+        "all 24 bits, high and medium in TF32's 11 where the GPU has tensor cores, several times as fast; acts on a "
+        "GPU only, as trainer.fast_matmul does on a CPU",
     )
     keep_memory: bool = Field(
         True,
@@ -116,12 +157,73 @@ class TrainerConfig(Section):
     )
     val_every: int = Field(1000, ge=1, description="updates between validations")
     val_batches: int = Field(50, ge=1, description="batches of each validation")
+    sanity_val_batches: int = Field(
+        0, ge=0, description="validation batches that are tried before the first update, without a metric; 0 is off"
+    )
     log_every: int = Field(50, ge=1, description="updates between logged training metrics")
+    log_memory: bool = Field(
+        False,
+        description="also log memory in use, in GiB: the GPU's peak since the row before, or what the process holds",
+    )
+    log_clipped_share: bool = Field(
+        False,
+        description="also log which share of the gradient's entries is larger than trainer.gradient_clip_norm",
+    )
     checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints of the last state")
     keep_checkpoint_every: int | None = Field(
         None, ge=1, description="also keep a checkpoint for good every so many updates"
     )
-    callbacks: list[str] = Field(default_factory=list, description="names of further callbacks")
+    monitor: str = Field(
+        "val/loss", description="validation metric that decides which checkpoint is the best, and when to stop early"
+    )
+    monitor_mode: Literal["min", "max"] | None = Field(
+        None, description="whether the best trainer.monitor is the lowest or the highest; null: as the metric has it"
+    )
+    keep_best: int = Field(
+        1, ge=1, description="number of best checkpoints that are kept; beyond 1 each also has the name step=N"
+    )
+    callbacks: list[str] = Field(default_factory=list, description="names of further callbacks: early_stopping")
+    patience: int = Field(
+        5, ge=1, description="early_stopping ends a run after so many validations in a row that were not better"
+    )
+    min_improvement: float = Field(
+        0.0, ge=0, description="early_stopping: how much better than the best counts as better"
+    )
+    profiler: Literal["none", "simple", "advanced", "pytorch"] = Field(
+        "none",
+        description="measure where time goes, into the run's folder profile/: of the loop's parts (simple), of every "
+        "Python function (advanced), of torch's operations, as a table and a trace for chrome://tracing (pytorch)",
+    )
+    deterministic: bool = Field(
+        False, description="refuse operations that may differ from run to run on a GPU; slower, and not all exist"
+    )
+    detect_anomaly: bool = Field(
+        False, description="find the operation whose gradient is NaN, and name its line; many times slower"
+    )
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _read_devices(cls, value: Any) -> Any:
+        if value in ("all", -1):
+            return "all"
+        is_list = isinstance(value, list)
+        numbers = value if is_list else [value]
+        are_numbers = all(type(number) is int for number in numbers)
+        if not are_numbers or not numbers or len(set(numbers)) < len(numbers) or min(numbers) < (0 if is_list else 1):
+            raise PydanticCustomError(
+                "devices", "has to be a number of at least 1, 'all', or a list of different GPUs such as [0, 2]"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self):
+        for name in ("patience", "min_improvement"):
+            is_default = getattr(self, name) == type(self).model_fields[name].default
+            if not is_default and "early_stopping" not in self.callbacks:
+                raise ValueError(f"{name}: has no effect without trainer.callbacks=[early_stopping]; leave it out")
+        if self.log_clipped_share and not self.gradient_clip_norm:
+            raise ValueError("log_clipped_share: nothing is clipped with trainer.gradient_clip_norm=0; leave it out")
+        return self
 
 # %% ../../nbs/config/01_sections.ipynb #87d2c5e8
 class LanguageTrainerConfig(TrainerConfig):
@@ -144,6 +246,11 @@ class LanguageTrainerConfig(TrainerConfig):
             raise ValueError(
                 "compile: a step whose weights are gathered from other devices is not compiled; "
                 "set trainer.compile=false or trainer.strategy=ddp"
+            )
+        if self.compile and self.detect_anomaly:
+            raise ValueError(
+                "compile: a compiled step is one operation, in which trainer.detect_anomaly finds nothing; "
+                "set trainer.compile=false or trainer.detect_anomaly=false"
             )
         return self
 
@@ -183,10 +290,26 @@ class TrackingConfig(Section):
     project: str | None = Field(
         None, description="Weights & Biases project; null: the environment's WANDB_PROJECT, or ebt-workbench"
     )
+    entity: str | None = Field(
+        None, description="Weights & Biases user or team; null: the environment's WANDB_ENTITY, or your own"
+    )
+    tags: list[str] = Field(default_factory=list, description="tags of the Weights & Biases run")
+    console: bool = Field(False, description="also send the lines of console.log to Weights & Biases (Logs tab)")
+    watch: Literal["off", "gradients", "parameters", "all"] = Field(
+        "off", description="log histograms of gradients, parameters or both to Weights & Biases"
+    )
+    watch_every: int | None = Field(
+        None, ge=1, description="batches between two histograms of tracking.watch; null: trainer.log_every"
+    )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
-    watch_gradients: bool = Field(False, description="log gradient histograms to Weights & Biases")
+    samples_every: int = Field(
+        0,
+        ge=0,
+        description="updates between samples of what the model does with the first validation samples, into the "
+        "run's folder samples/ and to the trackers; 0 is off",
+    )
 
-    @field_validator("wandb", mode="before")
+    @field_validator("wandb", "watch", mode="before")
     @classmethod
     def _read_false_as_off(cls, value):
         return "off" if str(value).lower() == "false" else value  # Weights & Biases reads a bare `off` as false
@@ -195,4 +318,11 @@ class TrackingConfig(Section):
     def _check_project(self):
         if self.project is not None and (problem := find_project_problem(self.project)):
             raise ValueError(f"project: {problem}")
+        if self.watch_every is not None and self.watch == "off":
+            raise ValueError("watch_every: has no effect with tracking.watch=off; leave it out")
+        if self.entity is not None and not self.entity.strip():
+            raise ValueError("entity: an empty name is none for a user or team; leave it out for your own")
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"tags: {tag!r} has {len(tag)} characters; Weights & Biases takes 1 to 64")
         return self

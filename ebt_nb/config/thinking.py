@@ -45,6 +45,9 @@ class ThinkingConfig(Section):
         description="s: in training alpha is multiplied for each position by a number uniform in [1/s, s]; 1 is off",
     )
     noise: float = Field(0.0, ge=0, description="standard deviation of the Langevin noise added before each step")
+    learn_noise: bool = Field(
+        False, description="train the standard deviation of the noise, from thinking.noise, once warm-up is over"
+    )
     detach: bool = Field(True, description="cut the graph between steps: each step learns from its own loss only")
     truncate: bool = Field(
         False,
@@ -85,6 +88,8 @@ class ThinkingConfig(Section):
     def _check_combinations(self):
         if self.visits_min > self.visits_max:
             raise ValueError(f"visits_min: {self.visits_min} is more than visits_max {self.visits_max}")
+        if self.learn_noise and not self.noise:
+            raise ValueError("learn_noise: there is no noise to begin with; set thinking.noise (0.1, say)")
         if self.truncate and self.detach:
             raise ValueError(
                 "truncate: has no effect when candidates are detached between steps; "
@@ -206,6 +211,13 @@ class ImageObjectiveConfig(Section):
 class ObjectiveConfig(CrossEntropyConfig, ImageObjectiveConfig):
     "The loss of an energy model of language."
 
+    soft_targets: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="label smoothing of the first thinking step, which falls evenly to objective.label_smoothing at "
+        "the last; null: all steps have objective.label_smoothing",
+    )
     contrastive: float = Field(
         0.0, ge=0, description="weight of softplus(energy of the truth - energy of the last input); 0 is off"
     )
@@ -225,6 +237,26 @@ class ObjectiveConfig(CrossEntropyConfig, ImageObjectiveConfig):
         ge=1,
         description="the start is scored at every n-th position, n times as heavily; larger is cheaper and noisier",
     )
+
+    def smoothing_of_step(self, step: int, num_steps: int) -> float:
+        "Return the label smoothing of a thinking step; the first of `num_steps` is 0."
+        if self.soft_targets is None or num_steps == 1:
+            return self.label_smoothing
+        remaining = (num_steps - 1 - step) / (num_steps - 1)
+        return self.label_smoothing + (self.soft_targets - self.label_smoothing) * remaining
+
+    @model_validator(mode="after")
+    def _check_soft_targets(self):
+        if self.soft_targets is None:
+            return self
+        if self.soft_targets <= self.label_smoothing:
+            raise ValueError(
+                f"soft_targets: {self.soft_targets:g} is to fall to objective.label_smoothing="
+                f"{self.label_smoothing:g}, and is not above it"
+            )
+        if self.steps == "last":
+            raise ValueError("soft_targets: has no effect with objective.steps=last; leave it out")
+        return self
 
 # %% ../../nbs/config/03_thinking.ipynb #5f6a383d
 class GenerationConfig(Section):

@@ -15,6 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from ..config.kinds import ImageConfig
+from ..config.update_size import batches_per_update
 from .image_cache import open_prepared_images, prepare_images, read_prepared_info
 from .image_rows import ImageRows
 from .image_sources import find_image_set
@@ -118,18 +119,20 @@ class ImageDataModule(LightningDataModule):
         return self.splits[split].select(index.tolist())["caption"][:]
 
     def train_dataloader(self) -> TrainLoader:
-        "Return endless batches; its length is max_steps updates of accumulate_grad_batches batches each."
-        data, trainer = self.config.data, self.config.trainer
+        "Return endless batches; its length is max_steps updates of as many batches as each accumulates."
+        data = self.config.data
         rank, world_size = rank_and_world_size(*self.given_ranks)
         return TrainLoader(
             self.rows("train", data.flip),
             data.batch_size,
             seed=self.config.run.seed,
-            length=trainer.max_steps * trainer.accumulate_grad_batches,
+            length=self.config.trainer.max_steps * batches_per_update(self.config),
             fingerprint="+".join(dict.fromkeys(folder.name for folder in self._folders())),
             rank=rank,
             world_size=world_size,
             workers=data.workers,
+            prefetch=data.prefetch,
+            shuffle=data.shuffle,
         )
 
     def val_dataloader(self) -> HeldOutLoader:
@@ -144,4 +147,4 @@ class ImageDataModule(LightningDataModule):
         "Return batches of every image of a split, once, never mirrored. Raises DataError if there is no such split."
         rank, world_size = rank_and_world_size(*self.given_ranks)
         data = self.config.data
-        return HeldOutLoader(self.rows(split), data.batch_size, rank, world_size, data.workers)
+        return HeldOutLoader(self.rows(split), data.batch_size, rank, world_size, data.workers, data.prefetch)

@@ -42,10 +42,13 @@ def return_unchanged(item: Any) -> Any:
     return item
 
 
-def fetch_batches(dataset: torch.utils.data.Dataset, row_numbers: Iterable | None, workers: int) -> Iterator:
+def fetch_batches(
+    dataset: torch.utils.data.Dataset, row_numbers: Iterable | None, workers: int, prefetch: int | None = None
+) -> Iterator:
     """Yield `dataset[numbers]` for each array of row numbers; None stands for an iterable dataset.
 
-    With `workers` the items are loaded by worker processes. Global random state is not touched.
+    With `workers` the items are loaded by worker processes, each of which loads `prefetch` of them ahead (None: 2).
+    Global random state is not touched.
     """
     return iter(
         torch.utils.data.DataLoader(
@@ -53,6 +56,7 @@ def fetch_batches(dataset: torch.utils.data.Dataset, row_numbers: Iterable | Non
             sampler=row_numbers,
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
             collate_fn=return_unchanged,
             generator=torch.Generator(),
         )
@@ -60,7 +64,7 @@ def fetch_batches(dataset: torch.utils.data.Dataset, row_numbers: Iterable | Non
 
 # %% ../../nbs/data/05_loaders.ipynb #f2ea314c
 class TrainLoader:
-    """Endless shuffled batches, resumable after any batch.
+    """Endless batches, resumable after any batch; shuffled, or in the order of the rows.
 
     rows: the dataset, indexed by arrays of row numbers; in epoch r a row's number is r lengths higher.
     batch_size: rows per batch of this rank.
@@ -78,8 +82,11 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        prefetch: int | None = None,
+        shuffle: bool = True,
     ):
         self.rows = rows
+        self.prefetch, self.shuffle = prefetch, shuffle
         self.batch_size, self.length = batch_size, length
         self.seed, self.fingerprint = seed, fingerprint
         self.rank, self.world_size, self.workers = rank, world_size, workers
@@ -89,7 +96,7 @@ class TrainLoader:
         return self.length
 
     def __iter__(self) -> Iterator[dict[str, Shaped[Tensor, "..."]]]:
-        for batch in fetch_batches(self.rows, self.row_numbers(self.rows_used), self.workers):
+        for batch in fetch_batches(self.rows, self.row_numbers(self.rows_used), self.workers, self.prefetch):
             self.rows_used += self.batch_size * self.world_size
             yield batch
 
@@ -98,8 +105,11 @@ class TrainLoader:
         total = len(self.rows)
         while True:
             start = rows_used + self.rank * self.batch_size
-            epochs = np.arange(start, start + self.batch_size) // total
-            yield endless_order(self.seed, total, start, self.batch_size) + epochs * total
+            position = np.arange(start, start + self.batch_size)
+            if self.shuffle:
+                yield endless_order(self.seed, total, start, self.batch_size) + position // total * total
+            else:
+                yield position
             rows_used += self.batch_size * self.world_size
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +144,13 @@ class HeldOutLoader:
     """
 
     def __init__(
-        self, rows: torch.utils.data.Dataset, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+        self,
+        rows: torch.utils.data.Dataset,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int | None = None,
     ):
         order = epoch_permutation(0, 0, len(rows))
         global_size = batch_size * world_size
@@ -142,13 +158,13 @@ class HeldOutLoader:
         if len(global_batches[-1]) < world_size:
             global_batches[-1] = np.resize(global_batches[-1], world_size)
         self.row_numbers = [np.array_split(numbers, world_size)[rank] for numbers in global_batches]
-        self.rows, self.workers = rows, workers
+        self.rows, self.workers, self.prefetch = rows, workers, prefetch
 
     def __len__(self) -> int:
         return len(self.row_numbers)
 
     def __iter__(self) -> Iterator[dict[str, Shaped[Tensor, "..."]]]:
-        return fetch_batches(self.rows, self.row_numbers, self.workers)
+        return fetch_batches(self.rows, self.row_numbers, self.workers, self.prefetch)
 
 # %% ../../nbs/data/05_loaders.ipynb #a5855f4c
 def rank_and_world_size(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..config.data import QuestionDataConfig, TextDataConfig
 from ..config.kinds import RunConfig
+from ..config.update_size import batches_per_update, count_processes
 from .documents import find_text_source, read_documents
 from .loaders import HeldOutLoader, TrainLoader, check_loader_state, fetch_batches, rank_and_world_size
 from .packing import is_validation_document, pack_tokens, prepare_text
@@ -87,6 +88,7 @@ class BatchStream:
     corpus: documents, of which this stream takes its share.
     batch_size: rows per batch.
     validation_fraction: the share of documents that is held out and never trained on.
+    shuffle: whether the rows of a block are shuffled.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class BatchStream:
         stream_index: int,
         num_streams: int,
         validation_fraction: float,
+        shuffle: bool = True,
     ):
+        self.shuffle = shuffle
         self.corpus = split_dataset_by_node(corpus, stream_index, num_streams)
         self.source, self.tokenizer = source, tokenizer
         self.context, self.batch_size, self.seed = context, batch_size, seed
@@ -143,7 +147,9 @@ class BatchStream:
             while len(tokens) <= rows_per_block * self.context:
                 tokens = np.concatenate([tokens, self.tokenizer.encode_documents(next(documents))])
             rows, tokens = pack_tokens(tokens, self.context, max_rows=rows_per_block)
-            order = np.random.default_rng([self.seed, self.stream_index, start["block"]]).permutation(rows_per_block)
+            order = np.arange(rows_per_block)
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, self.stream_index, start["block"]]).permutation(order)
             for k in range(served, BATCHES_PER_BLOCK):
                 picked = order[k * self.batch_size : (k + 1) * self.batch_size]
                 index = (start["block"] * rows_per_block + picked) * self.num_streams + self.stream_index
@@ -195,7 +201,9 @@ class StreamLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        prefetch: int | None = None,
     ):
+        self.prefetch = prefetch
         per_rank = max(1, workers)
         self.streams = [build_stream(rank * per_rank + i, world_size * per_rank) for i in range(per_rank)]
         self.states: list[dict[str, Any]] = [dict(start=None, served=0) for _ in self.streams]
@@ -209,7 +217,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         states = [dict(state) for state in self.states]
         streams = RankStreams(self.streams, states, self.batches_served % len(self.streams))
-        for stream, batch, start, served in fetch_batches(streams, None, self.workers):
+        for stream, batch, start, served in fetch_batches(streams, None, self.workers, self.prefetch):
             self.states[stream] = dict(start=start or self.states[stream]["start"], served=served)
             self.batches_served += 1
             yield batch
@@ -271,7 +279,7 @@ def stream_builder(config: RunConfig, source: Source, tokenizer: TextTokenizer) 
     settings = (source, tokenizer, data.context, data.batch_size, config.run.seed)
 
     def build_stream(stream_index: int, num_streams: int) -> BatchStream:
-        return BatchStream(corpus, *settings, stream_index, num_streams, fraction)
+        return BatchStream(corpus, *settings, stream_index, num_streams, fraction, data.shuffle)
 
     return build_stream
 
@@ -315,7 +323,7 @@ class TextDataModule(LightningDataModule):
             return
         held_out_rows = None
         if self.streaming:
-            held_out_rows = trainer.val_batches * data.batch_size * trainer.devices * trainer.nodes
+            held_out_rows = trainer.val_batches * data.batch_size * count_processes(self.config)
         self.folder = prepare_text(self.source, self.tokenizer, data, held_out_rows)
 
     def setup(self, stage: str | None = None) -> None:
@@ -327,20 +335,21 @@ class TextDataModule(LightningDataModule):
         self.splits, self.characters_per_token = open_prepared_rows(self.folder)
 
     def train_dataloader(self) -> TrainLoader | StreamLoader:
-        "Return endless batches; its length is max_steps updates of accumulate_grad_batches batches each."
+        "Return endless batches; its length is max_steps updates of as many batches as each accumulates."
         data, trainer = self.config.data, self.config.trainer
         rank, world_size = rank_and_world_size(*self.given_ranks)
         settings = dict(
-            length=trainer.max_steps * trainer.accumulate_grad_batches,
+            length=trainer.max_steps * batches_per_update(self.config),
             fingerprint=self.folder.name.split("-held-out-")[0],
             seed=self.config.run.seed,
             rank=rank,
             world_size=world_size,
             workers=data.workers,
+            prefetch=data.prefetch,
         )
         if self.streaming:
             return StreamLoader(stream_builder(self.config, self.source, self.tokenizer), **settings)
-        return TrainLoader(PackedRows(self.splits["train"]), data.batch_size, **settings)
+        return TrainLoader(PackedRows(self.splits["train"]), data.batch_size, shuffle=data.shuffle, **settings)
 
     def val_dataloader(self) -> HeldOutLoader:
         "Return the batches of the validation split."
@@ -359,4 +368,5 @@ class TextDataModule(LightningDataModule):
             )
         rank, world_size = rank_and_world_size(*self.given_ranks)
         data = self.config.data
-        return HeldOutLoader(PackedRows(self.splits[split]), data.batch_size, rank, world_size, data.workers)
+        rows = PackedRows(self.splits[split])
+        return HeldOutLoader(rows, data.batch_size, rank, world_size, data.workers, data.prefetch)

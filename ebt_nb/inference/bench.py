@@ -144,7 +144,7 @@ def compare_generation(
                 continue
             texts = [completion.prompt + completion.tokens[: n - 1] for completion in completions]
             for way, generator in uncached.items():
-                with fast_matmul(way == "lean"):
+                with fast_matmul(way == "lean", module.device.type):
                     uncached_times[way][n], again = time_call(generator.complete, texts, indices)
                 num_same += sum(one.tokens[n - 1] == other.tokens[0] for one, other in zip(completions, again))
         cached_times.append(times)

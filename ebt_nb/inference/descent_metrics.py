@@ -69,11 +69,11 @@ class DescentMetrics:
 def measure_descent(
     module: EnergyLanguageModule, batches: Iterable[dict[str, Tensor]], steps: int, samples: int = 1
 ) -> DescentMetrics:
-    "Descend from `samples` starts at all positions from the first scored one on, and return the metrics of all steps."
+    "Descend from `samples` starts at all positions from the first scored one on; return the metrics, on the CPU."
     parts, num_rows = [], 0
     schedule = module.config.inference.schedule(module.config.thinking, steps)
     dtype = module.model.energy_head.weight.dtype
-    for batch in batches:
+    for batch in map(module.move_batch, batches):
         begin = int((batch["targets"] != IGNORE_INDEX).any(0).nonzero()[0])
         targets = batch["targets"][:, begin:]
         is_scored = targets != IGNORE_INDEX
@@ -91,4 +91,4 @@ def measure_descent(
         rows = is_scored.nonzero()[:, 0] + num_rows
         parts.append((start_nll, torch.stack(nll), energies, largest.exp(), likeliest == true_tokens, rows))
         num_rows += len(is_scored)
-    return DescentMetrics(*(torch.cat(part, -1) for part in zip(*parts)))
+    return DescentMetrics(*(torch.cat(part, -1).cpu() for part in zip(*parts)))

@@ -49,21 +49,21 @@ class DrawnImages:
 def draw_latents(
     module: ImageModule, vectors: Float[Tensor, "batch caption"] | int, seed: int | None = None
 ) -> DrawnImages:
-    """Draw images as the model sees them: latents are not decoded.
+    """Draw images as the model sees them: latents are not decoded. They are returned on the CPU.
 
     `vectors` are encoded captions or, for a model without captions, the number of images. `seed` (by default the
     configuration's) and the index of an image name its noise. The `inference` section acts on an energy model,
     `diffusion.sampler`, `sampling_steps`, `sampling_start`, `recursion` and `guidance` on the baseline.
     """
     config = module.config
-    captions, count = (None, vectors) if isinstance(vectors, int) else (vectors, len(vectors))
-    rng = image_rng(config.run.seed if seed is None else seed, torch.arange(count))
+    captions, count = (None, vectors) if isinstance(vectors, int) else (vectors.to(module.device), len(vectors))
+    rng = image_rng(config.run.seed if seed is None else seed, torch.arange(count, device=module.device))
     dtype = next(module.parameters()).dtype
     if isinstance(module, EnergyImageModule):
         context = module.model.observe(count if captions is None else captions)
         result = think(module.model.condition_on(context), module.space, module.descent, rng, dtype=dtype)
         energies = select_energies(result.final_energies, result.chosen_index)
-        return DrawnImages(module.space.to_images(result.prediction), energies)
+        return DrawnImages(module.space.to_images(result.prediction).cpu(), energies.cpu())
     diffusion, (channels, side) = config.diffusion, config.image_shape
     noise = rng.for_purpose("start").normal(channels * side * side, dtype)
     sampling = module.diffusion.sample(
@@ -76,7 +76,7 @@ def draw_latents(
         clip=config.encoder.images == "none",
         recursion=diffusion.recursion,
     )
-    return DrawnImages(sampling.prediction)
+    return DrawnImages(sampling.prediction.cpu())
 
 # %% ../../nbs/inference/13_draw.ipynb #7ab7fbfc
 def draw_images(module: ImageModule, captions: Sequence[str] | int, seed: int | None = None) -> DrawnImages:
@@ -93,9 +93,12 @@ def draw_images(module: ImageModule, captions: Sequence[str] | int, seed: int | 
     if config.encoder.images != "none":
         image_encoder = check_encoder_weights(module, "images", load_image_encoder(config.encoder))
     if not isinstance(captions, int):
-        vectors = text_encoder.encode(list(captions))
+        vectors = text_encoder.to(module.device).encode(list(captions))
     drawn = draw_latents(module, vectors, seed)
-    return drawn if image_encoder is None else DrawnImages(image_encoder.decode(drawn.images), drawn.energies)
+    if image_encoder is None:
+        return drawn
+    decoded = image_encoder.to(module.device).decode(drawn.images.to(module.device))
+    return DrawnImages(decoded.cpu(), drawn.energies)
 
 
 def check_captions(module: ImageModule, captions: Sequence[str] | int) -> None:

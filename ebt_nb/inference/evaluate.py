@@ -47,7 +47,7 @@ def evaluate(
             f"--results: {source!r} is read as text, and answers are generated to questions only; name a question set, "
             "or say --kind questions"
         )
-    with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul):
+    with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul, module.device.type):
         if has_questions:
             values = evaluate_questions(module, tokenizer, data, split, limit, show_progress, results)
         else:

@@ -77,7 +77,7 @@ def evaluate_image_losses(
     batches = list(held_out_batches(module, source, split, limit))
     console = Console(stderr=True)
     tracked = track(batches, "measuring", console=console, transient=True, disable=not show_progress)
-    with fast_matmul(module.config.trainer.fast_matmul):
+    with fast_matmul(module.config.trainer.fast_matmul, module.device.type):
         for batch in tracked:
             count = len(batch["index"])
             num_images += count

@@ -247,7 +247,8 @@ class NextTokenPredictor:
         self.cached, self.through_both = cached, through_both
         self.context_length, self.weights = module.config.data.context, list(module.parameters())
         self.evaluate_energies = getattr(generation, "energies", False)
-        self.packed_weights: PackedWeights | None = {} if cached and generation.packed_weights else None
+        uses_packed_weights = cached and generation.packed_weights and module.device.type == "cpu"
+        self.packed_weights: PackedWeights | None = {} if uses_packed_weights else None
         self.graphs = create_graph_cache(module, generation) if cached else None
 
     def __call__(

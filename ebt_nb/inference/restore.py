@@ -130,7 +130,7 @@ BATCH_SIZE = 128  # images
 def held_out_batches(
     module: ImageModule, source: str | None = None, split: str = "validation", limit: int | None = None
 ) -> Iterator[Batch]:
-    """Yield batches of a held-out split, of the training data or of another source in the same format.
+    """Yield batches of a held-out split, of the training data or of another source, on the module's device.
 
     Raises DataError for what cannot be read, RestoreError for a limit below 1.
     """
@@ -142,7 +142,7 @@ def held_out_batches(
     data = ImageDataModule(override_config(module.config, changes))
     data.setup("evaluate")
     left = limit
-    for batch in data.held_out_dataloader(split):
+    for batch in map(module.move_batch, data.held_out_dataloader(split)):
         if left is None:
             yield batch
             continue
@@ -337,7 +337,7 @@ def evaluate_images(
     batches = list(held_out_batches(module, source, split, limit))
     console = Console(stderr=True)
     tracked = track(batches, "restoring", console=console, transient=True, disable=not show_progress)
-    with fast_matmul(config.trainer.fast_matmul):
+    with fast_matmul(config.trainer.fast_matmul, module.device.type):
         rows = measure_restoration(module, tracked, levels, passes, recursions)
     num_images = sum(len(batch["index"]) for batch in batches)
     return Restoration(source or config.data.source, split, num_images, rows, time.perf_counter() - begin)

@@ -77,8 +77,7 @@ def measure_batch(module: LanguageModule, batch: dict[str, Int[Tensor, "..."]]) 
 
     Positions before the first scored one are observed, but not thought about.
     """
-    device, model = next(module.parameters()).device, module.model
-    batch = {name: values.to(device) for name, values in batch.items()}
+    batch, model = module.move_batch(batch), module.model
     begin = int((batch["targets"] != IGNORE_INDEX).any(0).nonzero()[0])
     targets = batch["targets"][:, begin:]
     scored = targets != IGNORE_INDEX

@@ -178,7 +178,7 @@ def _short_reason(status: dict[str, Any]) -> str:
 def find_removable_checkpoints(run: Run, keep: int | None) -> list[Leftover]:
     """Return the temporary files in a run's checkpoints folder and, if the run is done, old step=N checkpoints.
 
-    The `keep` newest step=N checkpoints (None: all) and the one at the step of the best are not returned.
+    The `keep` newest step=N checkpoints (None: all) and those at the steps of the best are not returned.
     """
     folder, found = run.dir / "checkpoints", []
     for path in sorted(folder.glob(".*.tmp~")):
@@ -188,9 +188,11 @@ def find_removable_checkpoints(run: Run, keep: int | None) -> list[Leftover]:
         return found
     permanent = [path for path in folder.glob("step=*.ckpt") if checkpoint_step(path) is not None]
     by_age = sorted(permanent, key=checkpoint_step)
-    best_step = checkpoint_step(folder / "best.ckpt")
+    best_steps = {checkpoint_step(folder / "best.ckpt")}
+    if run.config.trainer.keep_best > 1:
+        best_steps |= set(run.best_steps)
     for path in by_age[: max(0, len(by_age) - keep)]:
-        if checkpoint_step(path) != best_step:
+        if checkpoint_step(path) not in best_steps:
             reason = f"not among the {keep} newest of a finished run"
             found.append(Leftover(path, "checkpoints", reason, count_freed_bytes(path)))
     return found

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..config.errors import suggest
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import format_value
+from ..config.update_size import count_devices
 from .notebook_parameters import NotebookJob, job_folder_name, plan_job
 from .sbatch_options import SubmitError, gpu_options, option_group, read_script, remove_comments
 from ..runs.files import unique_folder_name
@@ -113,22 +114,36 @@ def _options_from_configs(configs: list[RunConfig], header: dict[str, str | None
     """
     if not configs:
         return {}
-    if len({(config.trainer.nodes, config.trainer.devices) for config in configs}) > 1:
+    if len({(config.trainer.nodes, str(config.trainer.devices)) for config in configs}) > 1:
         raise SubmitError(
             "--array trainer.devices or trainer.nodes: all tasks of an array get the same machines; "
             "submit an array for each"
         )
     config = configs[0]
+    devices = _devices_per_node(config, header)
     return {
         "job-name": f"{config.run.name}-{config.model.size}".replace("/", "-"),
         "nodes": str(config.trainer.nodes),
-        "ntasks-per-node": str(config.trainer.devices),
-    } | gpu_options(header, config.trainer.devices)
+        "ntasks-per-node": str(devices),
+    } | gpu_options(header, devices)
+
+
+def _devices_per_node(config: RunConfig, header: dict[str, str | None]) -> int:
+    "The devices that a job asks for on each node. Raises SubmitError where Slurm needs a number and there is none."
+    if _has_gpus(header) and not isinstance(config.trainer.devices, int):
+        raise SubmitError(
+            f"trainer.devices={format_value(config.trainer.devices)}: a job asks for a number of GPUs on each node, "
+            "and Slurm chooses which; set that number, such as trainer.devices=4"
+        )
+    return count_devices(config.trainer)
+
+
+def _has_gpus(header: dict[str, str | None]) -> bool:
+    return any(option_group(name, value) == "gpus" for name, value in header.items())
 
 
 def _cpu_on_gpu_cluster_notes(configs: list[RunConfig], header: dict[str, str | None]) -> list[str]:
-    has_gpus = any(option_group(name, value) == "gpus" for name, value in header.items())
-    if configs and has_gpus and configs[0].trainer.accelerator == "cpu":
+    if configs and _has_gpus(header) and configs[0].trainer.accelerator == "cpu":
         return [
             "trainer.accelerator is cpu, which leaves the GPUs of this cluster idle; "
             "-p trainer.accelerator=auto uses them"

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
 from ..config.overrides import format_value
+from ..config.update_size import count_devices, count_processes
 from .parallel import read_failure_reason
 from ..runs.files import RunError
 from ..runs.folders import Run, is_run_folder
@@ -55,7 +56,7 @@ def build_launcher_command(config: RunConfig) -> list[str]:
 
     Raises ConfigError when this process has no way to start them.
     """
-    devices, nodes = config.trainer.devices, config.trainer.nodes
+    devices, nodes = count_devices(config.trainer), config.trainer.nodes
     allocated_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 0)
     if allocated_nodes and "SLURM_STEP_NUM_TASKS" not in os.environ:
         if nodes > allocated_nodes:
@@ -86,7 +87,7 @@ def _torchrun_without_srun(config: RunConfig) -> list[str]:
             f"trainer.nodes: {config.trainer.nodes} nodes of this Slurm job are reached through srun, which is not on "
             "the PATH; add its folder to PATH, or set trainer.nodes=1 to train on this machine"
         )
-    return [*TORCHRUN_COMMAND, f"--nproc-per-node={config.trainer.devices}"]
+    return [*TORCHRUN_COMMAND, f"--nproc-per-node={count_devices(config.trainer)}"]
 
 # %% ../../nbs/jobs/04_launch.ipynb #1530aa5c
 def override_arguments(before: RunConfig, after: RunConfig) -> list[str]:
@@ -134,7 +135,7 @@ def launch(
     Raises what `fit` raises: a WorkbenchError before anything is written when the input is wrong; RunError, naming the
     folder, when the ranks failed; JobInterrupted when they were stopped.
     """
-    if config.trainer.devices * config.trainer.nodes == 1 or detect_launcher():
+    if count_processes(config) == 1 or detect_launcher():
         return fit(config, run, resume, progress)
     command = build_launcher_command(config)
     with quiet_lightning():
@@ -158,7 +159,7 @@ def _start_ranks(command: list[str], run: Run, config: RunConfig, resume: bool |
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # torchrun's defaults: one thread for each rank, and half a minute to save a checkpoint
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // config.trainer.devices)),
+        "OMP_NUM_THREADS": str(max(1, cores // count_devices(config.trainer))),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
         "PYTHONUNBUFFERED": "1",
     }

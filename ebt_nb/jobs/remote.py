@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['copy_to_folder', 'run_rsync', 'is_host_path', 'send_to_host', 'send_to_wandb', 'push_checkpoints', 'pull_checkpoints',
            'find_parcel_of_checkpoint', 'select_steps', 'parse_step_folder', 'split_selector', 'find_parcels_in_folder',
-           'fetch_parcels_from_host', 'read_validation_losses']
+           'fetch_parcels_from_host']
 
 # %% ../../nbs/jobs/19_remote.ipynb #0f6a2eba
 import re
@@ -28,8 +28,8 @@ from ebt_nb.jobs.parcels import (
 )
 from ..runs.addresses import find_checkpoints
 from ..runs.files import join_names
-from ..runs.folders import CHECKPOINT_SELECTOR, Run, checkpoint_step, is_run_folder
-from ..runs.metrics import read_metrics, validation_losses
+from ..runs.folders import CHECKPOINT_SELECTOR, Run, checkpoint_step, is_run_folder, monitored_values
+from ..runs.metrics import validation_losses
 from ..runs.wandb_runs import resolve_wandb_mode
 
 # %% ../../nbs/jobs/19_remote.ipynb #821391b8
@@ -226,7 +226,7 @@ def select_steps(
 ) -> list[int]:
     """Return the steps that a selector means among those that exist.
 
-    `read_losses` returns step -> validation loss. Raises RemoteError when the selector means none.
+    `read_losses` returns step -> a number that is lowest at the best. Raises RemoteError when the selector means none.
     """
     steps = sorted(steps)
     if steps and selector == "all":
@@ -272,7 +272,7 @@ def find_parcels_in_folder(source: str) -> list[Path]:
             parcels[step] = subfolder
 
     def read_losses() -> dict[int, float]:
-        return read_validation_losses(parcels[max(parcels)] / "metrics.csv")
+        return monitored_values(parcels[max(parcels)])
 
     return [parcels[step] for step in select_steps(selector, list(parcels), source, read_losses)]
 
@@ -285,8 +285,9 @@ def fetch_parcels_from_host(source: str, folder: Path) -> list[Path]:
     names = [line.split()[-1] for line in run_rsync("--list-only", f"{path}/").splitlines()]
 
     def read_losses() -> dict[int, float]:
-        run_rsync(f"{path}/step={max(existing):06d}/metrics.csv", f"{folder}/metrics.csv")
-        return read_validation_losses(folder / "metrics.csv")
+        for name in ("metrics.csv", "config.yaml"):
+            run_rsync(f"{path}/step={max(existing):06d}/{name}", f"{folder}/{name}")
+        return monitored_values(folder)
 
     if "sha256sums" in names:  # the source is one parcel
         path, _, name = path.rpartition("/")
@@ -297,8 +298,3 @@ def fetch_parcels_from_host(source: str, folder: Path) -> list[Path]:
     for step in steps:
         run_rsync("--recursive", "--times", f"{path}/step={step:06d}", f"{folder}/")
     return [folder / f"step={step:06d}" for step in steps]
-
-
-def read_validation_losses(path: Path) -> dict[int, float]:
-    "Return step -> validation loss from a metrics.csv."
-    return validation_losses(read_metrics(path))

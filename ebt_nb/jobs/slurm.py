@@ -237,7 +237,7 @@ def distinct_data_configs(submission: Submission) -> list[RunConfig]:
     for config in submission.configs:
         key = [config.data.model_dump_json()]
         if getattr(config.data, "streaming", False):  # then the held-out part depends on these as well
-            key += [config.trainer.val_batches, config.trainer.devices, config.trainer.nodes]
+            key += [config.trainer.val_batches, str(config.trainer.devices), config.trainer.nodes]
         configs[tuple(key)] = config
     return list(configs.values())
 

@@ -8,7 +8,7 @@ __all__ = ['CandidateStream', 'EnergyTransformer', 'ConditionalEnergy', 'initial
 # %% ../../nbs/models/07_energy.ipynb #b01f211f
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -245,11 +245,12 @@ def initialise_energy_model(model: EnergyTransformer) -> None:
 
 # %% ../../nbs/models/07_energy.ipynb #57443eeb
 @torch.no_grad()
-def initialise_as_published(model: EnergyTransformer) -> None:
+def initialise_as_published(model: EnergyTransformer, method: Literal["xavier", "he"] = "xavier") -> None:
     """Initialise a model as the reference code does, for comparison.
 
-    Matrices are Xavier-normal, embeddings unit normal, adaptive layers and head zero with `adaln_zero`.
+    Matrices are Xavier-normal or He-normal, embeddings unit normal, adaptive layers and head zero with `adaln_zero`.
     """
+    draw_matrix = dict(xavier=nn.init.xavier_normal_, he=nn.init.kaiming_normal_)[method]
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
@@ -257,10 +258,10 @@ def initialise_as_published(model: EnergyTransformer) -> None:
         attention, ffn = block.attention, block.ffn
         gate_and_up = ffn.gate_up.weight.chunk(2)
         for matrix in (*attention.qkv.weight.chunk(3), attention.out.weight, *gate_and_up, ffn.down.weight):
-            nn.init.xavier_normal_(matrix)
-    nn.init.xavier_normal_(model.energy_head.weight)
+            draw_matrix(matrix)
+    draw_matrix(model.energy_head.weight)
     if model.candidate_embedding is not model.embedding:
-        nn.init.xavier_normal_(model.candidate_embedding.weight)
+        draw_matrix(model.candidate_embedding.weight)
     if model.final_adaptive is None:
         return
     adaptive = [block.adaptive for block in model.blocks] + [model.final_adaptive]

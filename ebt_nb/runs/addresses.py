@@ -17,6 +17,12 @@ from typing import TypeVar
 from ..config.errors import WorkbenchError
 from .files import RunError, join_names, walk_files
 from .folders import Run, is_run_folder
+from ebt_nb.runs.shared_models import (
+    download_hub_model,
+    find_model_file,
+    find_shipped_model,
+    looks_like_model_folder,
+)
 from .status import read_status
 from .wandb_runs import download_wandb_checkpoints
 
@@ -104,9 +110,15 @@ def find_checkpoints(address: str, runs_dir: Path | str = "runs") -> list[Path]:
     path = Path(address).expanduser()
     if path.is_file():
         return [path.absolute()]
+    if looks_like_model_folder(path):
+        return [find_model_file(path)]
+    if address.startswith("shipped:"):
+        return [find_shipped_model(address)]
+    if address.startswith("hf:"):
+        return [download_hub_model(address, Path(runs_dir).expanduser().absolute())]
     if address.startswith("wdb:"):
         return download_wandb_checkpoints(address, Path(runs_dir).expanduser().absolute())
-    if path.suffix == ".ckpt":
+    if path.suffix in (".ckpt", ".safetensors"):
         raise RunError(f"{path}: no such checkpoint file")
     run_address, selector = split_address(address)
     run = find_run(run_address, runs_dir)

@@ -103,7 +103,8 @@ class ScoringEmbeddingSpace(ScoringSpace):
         "Return the first candidates, one for every key, and score them if `objective.start_weight` says so."
         candidate = self.space.start(rng, dtype)
         if self.objective.start_weight:
-            self._add_loss(candidate, self.objective.start_weight, self.objective.start_every)
+            objective = self.objective
+            self._add_loss(candidate, objective.start_weight, objective.label_smoothing, objective.start_every)
         return candidate
 
     def enter(
@@ -131,17 +132,18 @@ class ScoringEmbeddingSpace(ScoringSpace):
         self.num_moves += 1
         if self.objective.steps == "mean" or self.num_moves == self.num_steps:
             weight = 1 / self.num_steps if self.objective.steps == "mean" else 1.0
-            self.step_losses.append(self._add_loss(moved, weight))
+            smoothing = self.objective.smoothing_of_step(self.num_moves - 1, self.num_steps)
+            self.step_losses.append(self._add_loss(moved, weight, smoothing))
         return moved
 
     def _add_loss(
-        self, candidate: Float[Tensor, "batch seq width"], weight: float, every: int = 1
+        self, candidate: Float[Tensor, "batch seq width"], weight: float, smoothing: float, every: int = 1
     ) -> Float[Tensor, ""]:
         """Add the weighted loss of candidates to `pending_loss`; return it without weight and graph.
 
         Candidates at every n-th position stand for all.
         """
-        readout, smoothing = self.space.readout, self.objective.label_smoothing
+        readout = self.space.readout
         normed, table = readout.norm(candidate[:, ::every]), readout.head.weight
         targets, weights = self.targets[:, ::every], weight * every * self.weights[:, ::every]
         loss, self.last_losses = linear_cross_entropy(normed, table, targets, weights, smoothing)

@@ -51,7 +51,7 @@ class ReplayBuffer(nn.Module):
         slots = [(self.oldest + self.num_stored + i) % self.capacity for i in range(count)]
         for name, values in rows.items():
             stored = getattr(self, name)
-            stored[slots] = values[-count:].to(stored.dtype)
+            stored[slots] = values[-count:].to(stored)
         self.oldest = (self.oldest + max(0, self.num_stored + count - self.capacity)) % self.capacity
         self.num_stored = min(self.capacity, self.num_stored + count)
 

@@ -181,7 +181,7 @@ class ScoringTokenSpace(ScoringSpace):
             detach_direction,
             self.targets,
             self.weights if has_loss else None,
-            self.objective.label_smoothing,
+            self.objective.smoothing_of_step(len(self.step_losses), self.num_steps),
             differentiable=not self.detached and not is_last,
             table_gradient=self.table_gradient,
             out=self._free_memory,

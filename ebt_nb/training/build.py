@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUNK_KEYS', 'LANGUAGE_KIND', 'IMAGE_KIND', 'MODEL_KINDS', 'ModelKind', 'get_model_kind', 'compiles_steps',
-           'build_module', 'load_weights', 'load_module', 'load_initial_weights']
+           'build_module', 'load_module', 'load_pretrained', 'load_initial_weights']
 
 # %% ../../nbs/training/08_build.ipynb #bfdb1dfb
 from collections.abc import Callable
@@ -14,19 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from ..config.errors import WorkbenchError
-from ..config.kinds import RunConfig, validate_config
+from ..config.kinds import RunConfig
 from ..config.overrides import differing_keys
+from ..runs.addresses import find_checkpoint
 from ..thinking.replay import ReplayFields
 from .base import TrainingModule, resolve_compile
-from .checkpoints import CheckpointError, read_checked_checkpoint
+from .checkpoints import CheckpointError, load_weights, read_checked_checkpoint, read_module_config
 from ebt_nb.training.images import (
+    ImageModule,
     build_image_module,
     build_image_network,
     image_candidate_shape,
     image_replay_fields,
 )
 from ebt_nb.training.language import (
+    LanguageModule,
     build_language_module,
     build_language_network,
     text_candidate_shape,
@@ -39,6 +41,7 @@ class ModelKind:
     """What differs between kinds of models.
 
     Attributes:
+        module_class: the common class of its training modules, which also loads them.
         build_network: returns the network of a configuration, not calibrated yet.
         build_module: returns the training module of a configuration, around a given network if there is one.
         replay_fields: returns shape and number format of what the replay buffer stores of a sample.
@@ -48,6 +51,7 @@ class ModelKind:
         supports_row_chunks: whether a training step can process the rows of a batch in chunks.
     """
 
+    module_class: type[TrainingModule]
     build_network: Callable[[RunConfig], nn.Module]
     build_module: Callable[[RunConfig, nn.Module | None], TrainingModule]
     replay_fields: Callable[[RunConfig], ReplayFields]
@@ -59,6 +63,7 @@ class ModelKind:
 
 TRUNK_KEYS = ("model.kind", "model.layers", "model.width", "model.heads", "model.ffn_multiplier", "model.conditioning")
 LANGUAGE_KIND = ModelKind(
+    module_class=LanguageModule,
     build_network=build_language_network,
     build_module=build_language_module,
     replay_fields=text_replay_fields,
@@ -68,6 +73,7 @@ LANGUAGE_KIND = ModelKind(
     supports_row_chunks=True,
 )
 IMAGE_KIND = ModelKind(
+    module_class=ImageModule,
     build_network=build_image_network,
     build_module=build_image_module,
     replay_fields=image_replay_fields,
@@ -104,31 +110,22 @@ def build_module(config: RunConfig, model: nn.Module | None = None) -> TrainingM
     return get_model_kind(config).build_module(config, model)
 
 # %% ../../nbs/training/08_build.ipynb #a08b2745
-def load_weights(module: TrainingModule, checkpoint: dict[str, Any], problem: str) -> None:
-    "Load the weights of a checkpoint. Raises CheckpointError, which begins with `problem`, if they do not fit."
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{problem}: {str(error).splitlines()[1].strip()}") from None
-
-
 def load_module(path: Path | str, tokenizer: Any = None) -> TrainingModule:
     """Return the module of a checkpoint, in evaluation mode on the CPU; `tokenizer` is compared with its own if given.
 
     Raises CheckpointError as `read_checked_checkpoint` does, or if weights and configuration do not fit.
     """
     checkpoint = read_checked_checkpoint(path, tokenizer)
-    try:
-        config = validate_config(checkpoint["config"])
-    except WorkbenchError as error:
-        raise CheckpointError(f"{path}: its configuration is not valid here: {error}") from None
-    module = build_module(config, get_model_kind(config).build_network(config))
-    if config.trainer.precision == "64-true":
-        module = module.double()
-    load_weights(module, checkpoint, f"{path}: weights and configuration do not fit")
-    module.on_load_checkpoint(checkpoint)
-    module.tokenizer, module.encoders = checkpoint["tokenizer"], checkpoint.get("encoders", {})
-    return module.eval()
+    module_class = get_model_kind(read_module_config(path, checkpoint)).module_class
+    return module_class.from_checkpoint(path, checkpoint)
+
+
+def load_pretrained(address: Path | str, runs_dir: Path | str = "runs") -> TrainingModule:
+    """Return the module at an address (`runs/05_addresses`), in evaluation mode on the CPU, whatever its kind.
+
+    Raises CheckpointError as `load_module` does, RunError, HubError or WandbError when there is nothing at the address.
+    """
+    return load_module(find_checkpoint(str(address), runs_dir))
 
 # %% ../../nbs/training/08_build.ipynb #f319e848
 def load_initial_weights(module: TrainingModule, path: Path | str, tokenizer: Any = None) -> None:

@@ -24,8 +24,10 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from ..compute.memory import memory_in_use
 from ..config.errors import ConfigError, WorkbenchError, suggest
 from ..config.kinds import RunConfig
+from ..config.metrics import is_higher_better
 from ..runs.metrics import MetricsFile
 from .base import TrainingModule
 from .checkpoint_saving import is_update_complete
@@ -39,9 +41,11 @@ class MetricsRecorder(pl.Callback):
         metrics: the metrics file.
         trackers: Weights & Biases, TensorBoard; also set after construction.
         latest: the newest value of each metric.
+        log_memory: whether rows of training also have the memory in use.
     """
 
-    def __init__(self, metrics: MetricsFile, trackers: Sequence[Tracker] = ()):
+    def __init__(self, metrics: MetricsFile, trackers: Sequence[Tracker] = (), log_memory: bool = False):
+        self.log_memory = log_memory
         self.metrics = metrics
         self.trackers = list(trackers)
         self.latest: dict[str, float] = {}
@@ -70,7 +74,13 @@ class MetricsRecorder(pl.Callback):
             is_current = name in module.logged_names or not name.startswith("train/")
             if is_current and not name.startswith("val/"):
                 row[name] = float(value)
+        if self.log_memory:
+            row["memory_gib"] = memory_in_use(trainer.strategy.root_device)
         self.write(trainer, row | {f"{module.unit_name}_per_second": units_per_second})
+
+    def exclude_from_speed(self, seconds: float) -> None:
+        "Leave out time that was not spent training."
+        self.row_start += seconds
 
     def on_validation_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Note the time, which does not count for the speed."
@@ -78,7 +88,9 @@ class MetricsRecorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Write a row with the metrics of a validation."
-        self.row_start += time.perf_counter() - self.validation_start
+        if trainer.sanity_checking:
+            return
+        self.exclude_from_speed(time.perf_counter() - self.validation_start)
         metrics = trainer.callback_metrics.items()
         self.write(trainer, {name: float(value) for name, value in metrics if name.startswith("val/")})
 
@@ -99,11 +111,13 @@ class Console:
     Attributes:
         path: the log file.
         show: a function that shows a line; None: lines are not shown. It is dropped when nobody reads its output.
+        trackers: receive every line too.
     """
 
     def __init__(self, path: Path, show: Callable[[str], None] | None = None):
         self.path = path
         self.show = show
+        self.trackers: list[Tracker] = []
 
     def log_line(self, text: str) -> None:
         "Write a line with the time, and show it. Raises WorkbenchError when the file cannot be written."
@@ -114,6 +128,8 @@ class Console:
             raise WorkbenchError(
                 f"{self.path}: cannot be written ({error.strerror}); free some space, then resume the run"
             ) from None
+        for tracker in self.trackers:
+            tracker.log_console(text)
         if self.show is None:
             return
         try:
@@ -199,7 +215,9 @@ class ProgressReporter(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         "Write a line about each validation."
-        if trainer.is_global_zero:
+        if trainer.sanity_checking and trainer.is_global_zero:
+            self.console.log_line("validation was tried, and works")
+        elif trainer.is_global_zero:
             self.console.log_line("validated: " + format_progress(self.recorder.latest, trainer.max_steps))
 
     def teardown(self, trainer: pl.Trainer, module: TrainingModule, stage: str) -> None:
@@ -226,8 +244,15 @@ def register_callback(name: str) -> Callable:
 
 @register_callback("early_stopping")
 def early_stopping(config: RunConfig) -> pl.Callback:
-    "Return a callback that stops when five validations in a row were not better than the best."
-    return pl.callbacks.EarlyStopping("val/loss", patience=5)
+    "Return a callback that stops when `trainer.patience` validations in a row were not better than the best."
+    trainer = config.trainer
+    return pl.callbacks.EarlyStopping(
+        trainer.monitor,
+        min_delta=trainer.min_improvement,
+        patience=trainer.patience,
+        mode="max" if is_higher_better(config) else "min",
+        check_finite=False,
+    )
 
 
 def build_named_callbacks(config: RunConfig) -> list[pl.Callback]:

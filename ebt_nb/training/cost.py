@@ -204,7 +204,7 @@ def compare_training_steps(
     `trainer.keep_memory` and `trainer.compile`. Raises ConfigError where steps are to be compiled and cannot be.
     """
     tokens = shape.batch * shape.context
-    with fast_matmul(use_fast_matmul), keep_freed_memory(keep_memory):
+    with fast_matmul(use_fast_matmul, device), keep_freed_memory(keep_memory):
         flops = {kind: _flops_per_token(shape, kind, device) for kind in ("ebt", "transformer")}
         seconds = _alternate_steps(shape, precisions, repeats, device, compiled)
         rates = {precision: measure_matmul_rate(precision, device=device) for precision in precisions}
@@ -271,7 +271,7 @@ def measure_step_memory(
     first_batch = batch
     if not compiled:
         first_batch = {name: tensor[:1, :8] if tensor.ndim > 1 else tensor[:1] for name, tensor in batch.items()}
-    with fast_matmul(), keep_freed_memory():
+    with fast_matmul(device=device), keep_freed_memory():
         forward_and_backward(module, first_batch, precision)  # allocates what is allocated only once
         module.zero_grad()
         growth = measure_peak_growth(lambda: forward_and_backward(module, batch, precision), device)

@@ -18,6 +18,7 @@ import torch
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import override_config
+from ..config.update_size import count_devices, count_processes
 from ..data.image_loaders import ImageDataModule
 from ..data.text_loaders import TextDataModule
 from ..thinking.replay import replay_bytes
@@ -104,7 +105,7 @@ def estimate_resources(config: RunConfig, device: str = "cpu") -> ResourceEstima
     if config.is_energy_model and config.thinking.replay:
         replay = replay_bytes(config.thinking.replay, kind.replay_fields(config))
 
-    processes = t.devices * t.nodes
+    processes = count_processes(config)
     shards = processes if t.strategy == "fsdp" else 1
     gradients_in_exchange = weights if processes > 1 and shards == 1 else 0
     persistent = (2 * weights + optimizer_state) // shards + gradients_in_exchange + replay
@@ -161,7 +162,7 @@ def check_memory_and_disk(config: RunConfig, device: str = "cpu", folder: Path |
 
 
 def _check_memory(config: RunConfig, device: str, estimated: ResourceEstimate) -> str:
-    processes = config.trainer.devices if device == "cpu" else 1  # that share this memory
+    processes = count_devices(config.trainer) if device == "cpu" else 1  # that share this memory
     persistent, step = processes * estimated.persistent_memory, processes * estimated.step_memory
     free = free_memory(device)
     prefix = f"{processes} processes: " if processes > 1 else ""

@@ -25,7 +25,7 @@ from ..thinking.descent import Descent, pad_with_last
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import ImageSpace
 from ..thinking.verify import think
-from .base import Batch, EnergyTrainingModule, TrainingModule
+from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap
 from .losses import ObjectiveOutput
 from .training_step import KeepCandidates
 
@@ -76,7 +76,8 @@ def calibrate_image_energy_head(model: BidirectionalEBT, config: RunConfig, samp
     Returns the standard deviation before.
     """
     rng, space = image_rng(config.run.seed, torch.arange(samples)), image_space(model, config)
-    descent = Descent(config.thinking.model_copy(update=dict(clamp=None, noise=0.0, curvature=None))).eval()
+    plain = dict(clamp=None, noise=0.0, learn_noise=False, curvature=None)
+    descent = Descent(config.thinking.model_copy(update=plain)).eval()
     start = rng.for_purpose("calibration").normal(space.width, model.energy_head.weight.dtype)
     captions = start.new_zeros(samples, config.encoder.caption_width) if uses_captions(config) else samples
     energy = model.condition_on(model.observe(captions))
@@ -127,6 +128,12 @@ class ImageModule(TrainingModule):
     "The base of modules of image models; subclasses define `compute_objective` and `validation_metrics`."
 
     unit_name = sample_name = "images"
+    model_kinds = ("image_ebt", "dit")
+
+    @classmethod
+    def build_untrained(cls, config: RunConfig) -> "ImageModule":
+        "Return the module of a configuration around a network whose weights are about to be loaded."
+        return build_image_module(config, build_image_network(config))
 
     @cached_property
     def diffusion(self) -> GaussianDiffusion:
@@ -182,6 +189,8 @@ class ImageModule(TrainingModule):
 class EnergyImageModule(EnergyTrainingModule, ImageModule):
     "The module of a bidirectional energy-based transformer; `space` borrows the model's patch embedding."
 
+    model_kinds = ("image_ebt",)
+
     @property
     def space(self) -> ImageSpace:
         "The space of images over the model's patch embedding."
@@ -232,13 +241,14 @@ class EnergyImageModule(EnergyTrainingModule, ImageModule):
         return output
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
-        "Return the loss after each step and, of restored images, PSNR; and the number of images."
+        "Return the loss after each step, the fall of the energy and, of restored images, PSNR; number of images."
         output = self.compute_objective(batch)
-        metrics = {f"val/loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}
+        metrics = energy_gap(output)
+        metrics |= {f"val/loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}
         if self.config.data.task == "denoise":
             metrics["val/psnr"] = psnr(output.trace.prediction, batch["image"].flatten(1)).mean()
         metrics["val/loss"] = output.step_losses[-1]
-        return metrics, torch.tensor(len(batch["index"]))
+        return metrics, torch.tensor(len(batch["index"]), device=self.device)
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of leaving the starts as they are, and a fifth of it."
@@ -273,6 +283,8 @@ def image_replay_fields(config: RunConfig) -> ReplayFields:
 class DiffusionModule(ImageModule):
     "The module of the diffusion baseline."
 
+    model_kinds = ("dit",)
+
     def compute_objective(self, batch: Batch, micro_step: int | None = None) -> ObjectiveOutput:
         "Return the objective on a batch: of training at `micro_step`, or outside training if that is None."
         rng, image = self.batch_rng(batch, micro_step), batch["image"]
@@ -281,11 +293,14 @@ class DiffusionModule(ImageModule):
         captions = self.select_captions(batch, None if micro_step is None else rng)
         squared, bound = self.diffusion.mse_and_bound(self.model(noisy, t, captions), image, noisy, t, noise)
         loss = (squared + bound).mean()
-        return ObjectiveOutput(loss, [loss.detach()])
+        parts = {"mse": squared.mean().detach(), "bound": bound.mean().detach()}
+        return ObjectiveOutput(loss, [loss.detach()], auxiliary=parts)
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
-        "Return the loss, and the number of images."
-        return {"val/loss": self.compute_objective(batch).loss.detach()}, torch.tensor(len(batch["index"]))
+        "Return the loss and the two that it is the sum of, and the number of images."
+        output = self.compute_objective(batch)
+        metrics = {f"val/{name}": part for name, part in output.auxiliary.items()}
+        return metrics | {"val/loss": output.loss.detach()}, torch.tensor(len(batch["index"]), device=self.device)
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of predicting no noise (noise has variance 1), and a fifth of it."

@@ -26,7 +26,7 @@ from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import TokenSpace
 from ..thinking.verify import final_energy, relative_energy
-from .base import Batch, EnergyTrainingModule, TrainingModule, resolve_compile
+from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap, resolve_compile
 from .losses import ObjectiveOutput, chunked_cross_entropy
 from .objectives import energy_objective, feed_forward_objective
 
@@ -52,8 +52,8 @@ def build_language_network(config: RunConfig) -> EnergyTransformer | Transformer
         if config.thinking.rule == "embedding":
             return EnergyTransformer.for_embeddings(**shape, guess=config.thinking.guess, **options)
         model = EnergyTransformer.for_tokens(**shape, **options)
-        if m.init == "reference":
-            initialise_as_published(model)
+        if m.init != "calibrated":
+            initialise_as_published(model, "he" if m.init == "reference_he" else "xavier")
         return model
 
 # %% ../../nbs/training/06_language.ipynb #8be06c18
@@ -66,7 +66,7 @@ def prediction_space(model: EnergyTransformer, config: RunConfig) -> TokenSpace 
     thinking, std = config.thinking, config.thinking.start_std
     if thinking.rule == "embedding":
         return EmbeddingSpace(model.readout, thinking.start, std)
-    if thinking.rule != "probabilities" and config.model.init != "reference":
+    if thinking.rule != "probabilities" and config.model.init == "calibrated":
         std = min(std, config.model.first_step_std)
     return TokenSpace(model.candidate_table, thinking.rule, thinking.start, std)
 
@@ -88,7 +88,7 @@ def calibrate_energy_head(model: EnergyTransformer, config: RunConfig, samples: 
     rng = RandomKeys.from_seed(config.run.seed, torch.arange(samples), torch.arange(positions))
     context = model.observe(tokens)
     space = prediction_space(model, config).with_guesses(context.guesses)
-    policy = config.thinking.model_copy(update=dict(clamp=None))
+    policy = config.thinking.model_copy(update=dict(clamp=None, curvature=None))
     descent = Descent(policy, config.inference.model_copy(update=dict(accept_only_lower=False))).eval()
     start = space.start(rng)
 
@@ -138,11 +138,17 @@ class LanguageModule(TrainingModule):
     """
 
     unit_name, sample_name = "tokens", "sequences"
+    model_kinds = ("ebt", "transformer")
 
     def __init__(self, config: RunConfig, model: nn.Module, descent: Descent | None = None):
         super().__init__(config, model, descent)
         self.characters_per_token: float | None = None
         self._graph_cache = GraphCache()
+
+    @classmethod
+    def build_untrained(cls, config: RunConfig) -> "LanguageModule":
+        "Return the module of a configuration around a network whose weights are about to be loaded."
+        return build_language_module(config, build_language_network(config))
 
     @property
     def step_graphs(self) -> GraphCache | None:
@@ -175,12 +181,12 @@ class LanguageModule(TrainingModule):
         return batch["inputs"].numel()
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
-        """Return the loss after each step, and the number of scored tokens.
+        """Return the fall of the energy, the loss after each step, and the number of scored tokens.
 
-        Where candidates start from what the observed stream expects, the loss of the start comes first.
+        Where candidates start from what the observed stream expects, the loss of the start comes before the steps.
         """
         output, targets = self.compute_objective(batch), batch["targets"]
-        metrics = {}
+        metrics = energy_gap(output)
         if output.trace is not None and self.config.thinking.guess != "none":
             metrics["val/loss_start"] = chunked_cross_entropy(self.space.logits(output.trace.candidates[0]), targets)
         metrics |= {f"val/loss_step_{k}": loss for k, loss in enumerate(output.step_losses, 1)}
@@ -201,6 +207,8 @@ class LanguageModule(TrainingModule):
 # %% ../../nbs/training/06_language.ipynb #b1dbd836
 class EnergyLanguageModule(EnergyTrainingModule, LanguageModule):
     "The module of an energy-based transformer."
+
+    model_kinds = ("ebt",)
 
     @property
     def space(self) -> TokenSpace | EmbeddingSpace:
@@ -291,6 +299,8 @@ def text_replay_fields(config: RunConfig) -> ReplayFields:
 # %% ../../nbs/training/06_language.ipynb #f93cd81d
 class TransformerLanguageModule(LanguageModule):
     "The module of the feed-forward baseline."
+
+    model_kinds = ("transformer",)
 
     def compute_objective(self, batch: Batch, micro_step: int | None = None) -> ObjectiveOutput:
         "Return the cross-entropy of a batch: that of training at `micro_step`, or outside training if that is None."

@@ -116,7 +116,8 @@ class ObjectiveOutput:
         step_losses: the loss after each step of the schedule from `first_scored_step` on, without a graph. A candidate
             that stopped early keeps its last prediction, so there is always one for each step.
         trace: the descent, with the candidates that the caller asked to keep; None for a model without one.
-        auxiliary: what is added to the cross-entropy, by name, without weights and graph (`auxiliary_losses`).
+        auxiliary: further terms by name, without weights and graph: what is added to the cross-entropy
+            (`auxiliary_losses`), or the parts of a loss that is a sum.
         first_scored_step: the first step of which the loss was computed.
     """
 

@@ -74,8 +74,10 @@ def energy_objective(
         context, dtype = model.observe(inputs), model.energy_head.weight.dtype
         energy, space = model.condition_on(context), space.with_guesses(context.guesses)
         result = think(energy, space, descent, rng, start, dtype, schedule, evaluate_energies=False)
-        candidates, smoothing = result.trace.candidates[1:], objective.label_smoothing
-        losses = [chunked_cross_entropy(space.logits(candidate), targets, smoothing) for candidate in candidates]
+        candidates, losses = result.trace.candidates[1:], []
+        for step, candidate in enumerate(candidates):
+            smoothing = objective.smoothing_of_step(step, len(schedule))
+            losses.append(chunked_cross_entropy(space.logits(candidate), targets, smoothing))
         step_losses = pad_with_last(losses, len(schedule))
         loss = torch.stack(step_losses).mean() if objective.steps == "mean" else step_losses[-1]
         if not objective.contrastive and not objective.loss_prediction:

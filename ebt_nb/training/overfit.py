@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from ..compute.matmul import fast_matmul
+from ..compute.matmul import fast_matmul, matmul_precision
 from ..compute.memory import keep_freed_memory
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
@@ -25,7 +25,7 @@ from ..data.registry import build_data_module
 from .base import Batch, TrainingModule
 from .build import build_module
 from .callbacks import quiet_lightning
-from .trainer import build_trainer, describe_slow_precision, use_threads
+from .trainer import build_trainer, describe_slow_precision, select_device, use_threads
 
 # %% ../../nbs/training/17_overfit.ipynb #87d61e92
 def shorten_config(config: RunConfig, updates: int) -> RunConfig:
@@ -35,6 +35,9 @@ def shorten_config(config: RunConfig, updates: int) -> RunConfig:
         {
             "trainer.max_steps": updates,
             "optim.warmup_steps": min(config.optim.warmup_steps, updates // 10),
+            "optim.schedule_steps": None,
+            "data.effective_batch": None,
+            "optim.lr_scaling": False,
             "trainer.accumulate_grad_batches": 1,
             "trainer.devices": 1,
             "trainer.nodes": 1,
@@ -168,11 +171,13 @@ def overfit(
     data = build_data_module(config)
     data.setup("fit")
     first_batches = [batch for batch, _ in zip(data.train_dataloader(), range(batches))]
+    device = select_device(config.trainer.accelerator).type
     with (
         quiet_lightning(),
         warnings.catch_warnings(),
         use_threads(config.trainer.threads),
-        fast_matmul(config.trainer.fast_matmul),
+        fast_matmul(config.trainer.fast_matmul, device),
+        matmul_precision(config.trainer.matmul_precision, device),
         keep_freed_memory(config.trainer.keep_memory),
     ):
         warnings.filterwarnings("ignore", ".*no `val_dataloader`")  # there is no validation here
@@ -181,7 +186,7 @@ def overfit(
         target = target or memorised_loss
         monitor = OverfitMonitor(len(first_batches), interval, target, log_line)
         trainer = build_trainer(config, Path(), [monitor])
-        for line in describe_slow_precision(config.trainer.precision, trainer.strategy.root_device.type):
+        for line in describe_slow_precision(config.trainer.precision, device):
             log_line(line)
         trainer.fit(module, train_dataloaders=RepeatedBatches(first_batches, updates))
     last_row = monitor.rows[-1]

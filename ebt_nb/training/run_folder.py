@@ -47,6 +47,7 @@ KEYS_FIXED_ON_RESUME = [
     "thinking.steps",
     "thinking.step_size",
     "thinking.learn_step_size",
+    "thinking.learn_noise",
     "thinking.replay",
     "thinking.replay_precision",
     "optim.name",
@@ -54,7 +55,11 @@ KEYS_FIXED_ON_RESUME = [
     "optim.step_size_lr_multiplier",
     "optim.betas",
     "optim.weight_decay",
+    "optim.decay",
+    "optim.lr_scaling",
+    "data.effective_batch",
     "trainer.accumulate_grad_batches",
+    "data.shuffle",
 ]
 
 

@@ -211,7 +211,8 @@ class TrainingStep:
             bound_space = self.space.with_guesses(context.guesses)
             space = ScoringEmbeddingSpace(bound_space, chunk.targets, num_targets, objective, **options)
         else:
-            options |= dict(table_gradient=table_gradient, reuse_memory=self.keep_candidates != "all")
+            reuse_memory = self.keep_candidates != "all" and self.descent.noise is None  # learned noise has a graph
+            options |= dict(table_gradient=table_gradient, reuse_memory=reuse_memory)
             space = ScoringTokenSpace(self.space, chunk.targets, num_targets, objective, **options)
         keep_all, dtype = self.keep_candidates == "all", model.energy_head.weight.dtype
         trace = self.descent(

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The paper's System 1 energy model on several nodes, trained as in the preset text/ebt_s1.
+# The paper's System 1 energy model on several nodes, trained as in the preset text/ebt_s1: 2 nodes x 4 GPUs x 32 sequences
+# are the 256 of an update. Other numbers of GPUs keep the 256, accumulating batches of -p data.batch_size=N sequences.
 # All arguments are passed on to `ebt train`. With Slurm, with the nodes and a task for each GPU that the options below or
 # on the command line request:
 #   sbatch --nodes=4 job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
 # Without Slurm, run this on every node, with NODES, NODE (0, 1, ...), GPUS and MASTER (host:port of node 0) set:
-#   NODES=2 NODE=0 GPUS=8 MASTER=node0:29500 bash job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
+#   NODES=2 NODE=0 GPUS=4 MASTER=node0:29500 bash job_scripts/nlp/pretrain/ebt_s1_mn.sh -p model.size=small
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
 set -euo pipefail
 script=${EBT_SCRIPT:-${BASH_SOURCE[0]}}
 if [ "${script##*/}" = slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; script=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p"); fi    # sbatch runs a copy of this file in another folder
