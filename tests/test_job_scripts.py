@@ -139,6 +139,9 @@ def test_images(script, preset, extra, root, tmp_path):
         }
         assert encoder_names == {"images": "small_vae", "captions": "minilm"}
     else:
+        settings = ["-p", "inference.steps=10"]
+        if preset == "image/denoise_dit":
+            settings = ["-p", "diffusion.sampling_steps=10", "-p", "diffusion.recursion=1"]
         shown = bash(
             "inference/denoise",
             f"{run.dir}:last",
@@ -146,8 +149,7 @@ def test_images(script, preset, extra, root, tmp_path):
             4,
             "--visualize",
             "drawn",
-            "-p",
-            "diffusion.sampling_steps=10" if preset == "image/denoise_dit" else "inference.steps=10",
+            *settings,
         )
         assert (
             "| 0.1 | 3 | 1 |" in shown
