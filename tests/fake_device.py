@@ -85,9 +85,11 @@ class DeviceChecker(TorchDispatchMode):
         if name not in BETWEEN_DEVICES and any(on_gpu) and not all(on_gpu):
             self.check(name, func, args, kwargs, inputs)
         outputs = func(*args, **kwargs)
-        if not inputs and not self.marked.is_called_from_python and isinstance(outputs, Tensor):
-            storage = outputs.untyped_storage()
-            self.marked.made_by_autograd[storage._cdata] = StorageWeakRef(storage)
+        is_made_by_autograd = bool(inputs) or not self.marked.is_called_from_python
+        if is_made_by_autograd and all(self.marked.is_on_either(tensor) for tensor in inputs):
+            for output in find_tensors((outputs,)):
+                storage = output.untyped_storage()
+                self.marked.made_by_autograd[storage._cdata] = StorageWeakRef(storage)
         if any(on_gpu) and name != "copy_":
             for output in find_tensors((outputs,)):
                 self.marked.mark(output)

@@ -295,7 +295,7 @@ def test_restoration_and_figures(folder, kind):
         module = build_module(config).eval().to(gpu)
         found = evaluate_images(module, **options)
         draw_image_figures(module, found, rows=6)
-        run_probe(module, train=40, test=40)
+        run_probe(module, train=40, test=20)
     assert_close([row.psnr for row in found.rows], [row.psnr for row in expected.rows], rtol=1e-4, atol=1e-4)
 
 
