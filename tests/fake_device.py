@@ -1,7 +1,7 @@
-"""A GPU that is not there: tensors on it are tensors of the CPU whose storage is marked, and mixing the two is an error.
+"""A GPU that is not there: tensors on it are tensors of the CPU whose storage is marked; mixing the two is an error.
 
-Inside `fake_gpu` torch believes in one CUDA device. What a marked tensor says of itself (`device`, `is_cuda`) is what a
-tensor of that device would say. An operation that a real GPU refuses because its operands are on two devices raises
+Inside `fake_gpu` torch believes in one CUDA device. What a marked tensor says of itself (`device`, `is_cuda`) is what
+a tensor of that device would say. An operation that a real GPU refuses because its operands are on two devices raises
 DeviceMixError. Everything is computed on the CPU, so results can be compared bit for bit.
 """
 

@@ -106,9 +106,9 @@ class TrainerConfig(Section):
     )
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest",
-        description="how exactly a GPU multiplies float32 matrices (torch.set_float32_matmul_precision): highest in all "
-        "24 bits, high and medium in TF32's 11 where the GPU has tensor cores, several times as fast; acts on a GPU "
-        "only, as trainer.fast_matmul does on a CPU",
+        description="how exactly a GPU multiplies float32 matrices (torch.set_float32_matmul_precision): highest in "
+        "all 24 bits, high and medium in TF32's 11 where the GPU has tensor cores, several times as fast; acts on a "
+        "GPU only, as trainer.fast_matmul does on a CPU",
     )
     keep_memory: bool = Field(
         True,

@@ -69,7 +69,7 @@ class DescentMetrics:
 def measure_descent(
     module: EnergyLanguageModule, batches: Iterable[dict[str, Tensor]], steps: int, samples: int = 1
 ) -> DescentMetrics:
-    "Descend from `samples` starts at all positions from the first scored one on, and return all steps' metrics, on the CPU."
+    "Descend from `samples` starts at all positions from the first scored one; return the metrics, on the CPU."
     parts, num_rows = [], 0
     schedule = [min(step, module.config.thinking.steps - 1) for step in range(steps)]
     dtype = module.model.energy_head.weight.dtype

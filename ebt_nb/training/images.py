@@ -285,7 +285,8 @@ class DiffusionModule(ImageModule):
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         "Return the loss, and the number of images."
-        return {"val/loss": self.compute_objective(batch).loss.detach()}, torch.tensor(len(batch["index"]), device=self.device)
+        loss = self.compute_objective(batch).loss.detach()
+        return {"val/loss": loss}, torch.tensor(len(batch["index"]), device=self.device)
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of predicting no noise (noise has variance 1), and a fifth of it."
