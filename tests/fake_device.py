@@ -1,7 +1,7 @@
 """A GPU that is not there: its tensors are tensors of the CPU whose storage is marked. Mixing the two is an error.
 
-Inside `fake_gpu` torch believes in one CUDA device. What a marked tensor says of itself (`device`, `is_cuda`) is what a
-tensor of that device would say. An operation that a real GPU refuses because its operands are on two devices raises
+Inside `fake_gpu` torch believes in one CUDA device. What a marked tensor says of itself (`device`, `is_cuda`) is what
+a tensor of that device would say. An operation that a real GPU refuses because its operands are on two devices raises
 DeviceMixError. Everything is computed on the CPU, so results can be compared bit for bit.
 """
 
@@ -85,9 +85,11 @@ class DeviceChecker(TorchDispatchMode):
         if name not in BETWEEN_DEVICES and any(on_gpu) and not all(on_gpu):
             self.check(name, func, args, kwargs, inputs)
         outputs = func(*args, **kwargs)
-        if not inputs and not self.marked.is_called_from_python and isinstance(outputs, Tensor):
-            storage = outputs.untyped_storage()
-            self.marked.made_by_autograd[storage._cdata] = StorageWeakRef(storage)
+        is_made_by_autograd = bool(inputs) or not self.marked.is_called_from_python
+        if is_made_by_autograd and all(self.marked.is_on_either(tensor) for tensor in inputs):
+            for output in find_tensors((outputs,)):
+                storage = output.untyped_storage()
+                self.marked.made_by_autograd[storage._cdata] = StorageWeakRef(storage)
         if any(on_gpu) and name != "copy_":
             for output in find_tensors((outputs,)):
                 self.marked.mark(output)

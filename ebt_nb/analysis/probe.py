@@ -23,7 +23,7 @@ from ..training.images import ImageModule
 # %% ../../nbs/analysis/04_probe.ipynb #d9e51e22
 Images = Float[Tensor, "batch channels rows columns"]
 Features = Callable[[Images], Float[Tensor, "batch size"]]
-LabelledFeatures = tuple[Float[Tensor, "rows size"], Int[Tensor, "rows"]]
+LabelledFeatures = tuple[Float[Tensor, "..."], Int[Tensor, "..."]]  # [rows, size] and [rows]
 
 
 def flatten_pixels(images: Images) -> Float[Tensor, "batch size"]:

@@ -54,7 +54,7 @@ def override_inference_config(config: RunConfig, settings: list[str] | dict[str,
             )
     return override_config(config, settings)
 
-
+# %% ../../nbs/inference/00_loading.ipynb #9b1f40f3
 def place_module(module: TrainingModule, accelerator: str | None = None) -> TrainingModule:
     """Move a trained module to the device of an accelerator ('auto', 'cpu', 'gpu') and return it.
 

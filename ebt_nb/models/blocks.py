@@ -6,7 +6,7 @@
 __all__ = ['Block', 'run_blocks']
 
 # %% ../../nbs/models/03_blocks.ipynb #0a3a2361
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/models/03_blocks.ipynb #7ec78a41
 def run_blocks(
-    blocks: nn.ModuleList,
+    blocks: Iterable[nn.Module],
     z: Float[Tensor, "batch cand width"],
     cache: KeyValueCache,
     mask_and_angles: tuple[Tensor | None, Tensor],
