@@ -12,10 +12,9 @@ __all__ = ['PRESETS', 'register_preset', 'tokenizer_size', 'shape_of_size', 'con
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from .data import TOKENIZER_SIZES
+from .data import TOKENIZER_SIZES, find_tokenizer_file
 from .errors import ConfigError, suggest
 from .kinds import RUN_KINDS, RunConfig, data_kinds, validate_config
 from .models import SIZES
@@ -44,8 +43,9 @@ def tokenizer_size(tokenizer: str) -> int:
         return TOKENIZER_SIZES[tokenizer]
     from tokenizers import Tokenizer
 
+    path = find_tokenizer_file(tokenizer)
     try:
-        return Tokenizer.from_file(str(Path(tokenizer).expanduser())).get_vocab_size()
+        return Tokenizer.from_file(str(path)).get_vocab_size()
     except Exception as error:
         raise ConfigError(
             f"data.tokenizer: {tokenizer!r} is neither embedded ({', '.join(TOKENIZER_SIZES)})"
