@@ -106,11 +106,11 @@ def test_an_option_without_effect_is_refused(tmp_path, preset, keys, parts):
 def test_learned_noise_and_soft_targets(tmp_path):
     "The noise stays as it is until warm-up is over, and is a metric; resuming continues with it."
     keys = {"thinking.noise": 0.3, "thinking.learn_noise": True, "objective.soft_targets": 0.2}
-    config = small_config(tmp_path, **keys)
-    run = fit(config, progress="none")
+    run = fit(small_config(tmp_path, "text/quickstart_s1", **keys), progress="none")
     noise = [row["train/noise"] for row in run.metrics if "train/noise" in row]
     assert len(noise) == 6 and len(set(noise[:3])) == 1 and len(set(noise[2:])) == 4  # moved by updates 3, 4, 5
-    again = fit(small_config(tmp_path, **keys, **{"trainer.max_steps": 8}), run, resume=True, progress="none")
+    longer = small_config(tmp_path, "text/quickstart_s1", **keys, **{"trainer.max_steps": 8})
+    again = fit(longer, run, resume=True, progress="none")
     resumed = [row["train/noise"] for row in again.metrics if "train/noise" in row]
     assert resumed[:6] == noise and len(resumed) == 8 and resumed[6] != noise[5]
 
