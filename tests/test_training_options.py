@@ -81,6 +81,7 @@ def test_best_checkpoints_by_another_metric_and_early_stopping(tmp_path):
     run = fit(small_config(tmp_path, "image/quickstart", **keys), progress="none")
     values = {row["step"]: row["val/psnr"] for row in run.metrics if "val/psnr" in row}
     assert list(values.values()) == sorted(values.values()) and list(values) == [2, 4, 6] and run.status == "done"
+    assert "stopped early: val/psnr was not better than" in (run.dir / "console.log").read_text()
     assert run.best_steps == [2, 4] and checkpoint_step(run.checkpoint("best")) == 2
     assert checkpoint_step(run.checkpoint("step=4")) == 4
     assert {path.stem for path in (run.dir / "checkpoints").iterdir()} == {"best", "last", "step=000002", "step=000004"}
