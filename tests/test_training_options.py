@@ -26,7 +26,10 @@ def small_config(folder, preset="text/quickstart", **changes):
         "trainer.accelerator": "cpu",
         "optim.warmup_steps": 2,
     }
-    small |= {"data.image_size": 8} if preset.startswith("image/") else {"data.context": 8}
+    if preset.startswith("image/"):
+        small["data.image_size"] = 8
+    else:
+        small |= {"data.context": 8, "data.tokenizer": "austen_2k", "model.vocab_size": 2048}
     return build_config(preset, small | changes)
 
 
