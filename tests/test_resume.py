@@ -26,6 +26,7 @@ RECIPES = {
     "system 1": {},
     "all randomness, accumulated": {
         "thinking.noise": 0.5,
+        "thinking.learn_noise": True,
         "thinking.random_step_size": 2.0,
         "thinking.visits_max": 3,
         "thinking.detach": False,
@@ -35,7 +36,13 @@ RECIPES = {
         "trainer.accumulate_grad_batches": 2,
         "optim.name": "stable_adamw",
     },
-    "baseline, streamed": {"model.kind": "transformer", "data.streaming": True, "optim.name": "lars"},
+    "baseline, streamed": {
+        "model.kind": "transformer",
+        "data.streaming": True,
+        "data.shuffle": False,
+        "optim.name": "lars",
+        "trainer.profiler": "simple",
+    },
     "images": {
         "preset": "image/quickstart",
         "data.image_size": 8,
@@ -47,6 +54,9 @@ RECIPES = {
         "thinking.detach": False,
         "objective.steps": "last",
         "thinking.replay": 12,
+        "trainer.monitor": "val/psnr",
+        "trainer.keep_best": 2,
+        "tracking.samples_every": 4,
     },
     "diffusion": {"preset": "image/quickstart", "model.kind": "dit", "data.image_size": 8},
 }

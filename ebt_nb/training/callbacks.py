@@ -220,6 +220,15 @@ class ProgressReporter(pl.Callback):
         elif trainer.is_global_zero:
             self.console.log_line("validated: " + format_progress(self.recorder.latest, trainer.max_steps))
 
+    def on_train_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        "Write a line if training was stopped early."
+        stopping = trainer.early_stopping_callback
+        if stopping is not None and stopping.wait_count >= stopping.patience and trainer.is_global_zero:
+            self.console.log_line(
+                f"stopped early: {stopping.monitor} was not better than {float(stopping.best_score):.4g} "
+                f"in {stopping.patience} validations"
+            )
+
     def teardown(self, trainer: pl.Trainer, module: TrainingModule, stage: str) -> None:
         "Remove the bar."
         if self.bar is None:

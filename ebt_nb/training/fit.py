@@ -72,6 +72,8 @@ def prepare_training(
     check_trackers(config)
     check_metric(config.trainer.monitor, config)
     check_samples(config)
+    if config.trainer.log_memory and not (torch.cuda.is_available() or Path("/proc/self/status").exists()):
+        raise ConfigError("trainer.log_memory: this system does not say how much memory is in use; leave it out")
     callbacks = build_named_callbacks(config)
     build_strategy(config)
     batches_per_update(config)

@@ -46,6 +46,8 @@ def shorten_config(config: RunConfig, updates: int) -> RunConfig:
             "tracking.wandb": "off",
             "tracking.tensorboard": False,
             "trainer.callbacks": [],
+            "trainer.patience": 5,
+            "trainer.min_improvement": 0.0,
         },
     )
 
