@@ -1,4 +1,4 @@
-"""Run `ebt` in its own process without importing anything first (`runs/07_fork_server`).
+"""Run `ebt` in its own process without importing anything first (`runs/08_fork_server`).
 
 Everything else is as with the installed command, which each file of tests also starts once or twice.
 """

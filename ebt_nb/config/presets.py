@@ -102,7 +102,7 @@ def text_ebt_s1(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
                 validation_fraction=0.0005,
             ),
             optim=dict(peak_lr=SIZES[size].learning_rate, decay="all"),
-            trainer=dict(val_every=15_000),
+            trainer=dict(val_every=15_000, matmul_precision="medium", keep_best=10),
             tracking=dict(wandb="auto"),
         )
     )
@@ -224,7 +224,7 @@ def published_image_sections(rate: float, effective_batch: int, max_steps: int =
     return dict(
         data=dict(source="coco-medium", channels=3, effective_batch=effective_batch),
         optim=dict(peak_lr=round(rate, 10), decay="all", schedule_steps=1_000_000),
-        trainer=dict(max_steps=max_steps),
+        trainer=dict(max_steps=max_steps, matmul_precision="medium", keep_best=10),
         tracking=dict(wandb="auto"),
     )
 
