@@ -4,8 +4,10 @@ python tests/structure.py [CHECKOUT]
 """
 
 import ast
+import builtins
 import json
 import re
+import symtable
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ class Structure:
     modules_outside_rooms: list[str] = field(default_factory=list)
     upward_imports: list[str] = field(default_factory=list)
     circles: list[str] = field(default_factory=list)
+    undefined_names: list[str] = field(default_factory=list)
 
 
 def package_files(root: Path) -> dict[str, Path]:
@@ -86,6 +89,26 @@ def find_circles(imports: dict[str, set[str]]) -> list[str]:
     return circles
 
 
+def undefined_names(text: str, name: str) -> list[str]:
+    """Return the global names that a module uses and does not define, with the scope that uses them.
+
+    A notebook does not show them where a cell of its tests defines them.
+    """
+    module = symtable.symtable(text, name, "exec")
+    symbols = module.get_symbols()
+    defined = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    defined |= {*dir(builtins), "__file__", "__name__"}
+    missing, scopes = [], [module]
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        for symbol in scope.get_symbols():
+            is_global = symbol.is_global() or scope is module
+            if is_global and symbol.is_referenced() and symbol.get_name() not in defined:
+                missing.append(f"{name}:{scope.get_name()}: {symbol.get_name()}")
+    return missing
+
+
 def notebook_numbers(root: Path) -> dict[str, int]:
     "Return the number of the notebook that exports each module."
     numbers = {}
@@ -121,6 +144,7 @@ def measure(root: Path = ROOT) -> Structure:
                 if length > MAX_FUNCTION:
                     found.long_functions.append(f"{name}:{node.name}: {length} lines")
         imports[name] = imported_modules(name, tree, set(files))
+        found.undefined_names += undefined_names(text, name)
     for name, targets in imports.items():
         room = name.partition(".")[0]
         if room not in BELOW or "." not in name:

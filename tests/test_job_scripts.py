@@ -151,10 +151,11 @@ def test_images(script, preset, extra, root, tmp_path):
             "drawn",
             *settings,
         )
+        level, drawn = run.config.diffusion.level, {path.name for path in (tmp_path / "drawn").iterdir()}
         assert (
-            "| 0.1 | 3 | 1 |" in shown
-            and "| 0.2 | 10 | 1 |" in shown
-            and {"restored_images.png", "quality_at_0.1.png"} <= {path.name for path in (tmp_path / "drawn").iterdir()}
+            f"| {level:g} | 3 | 1 |" in shown
+            and f"| {2 * level:g} | 10 | 1 |" in shown
+            and {"restored_images.png", f"quality_at_{level:g}.png"} <= drawn
         )
 
 

@@ -13,6 +13,10 @@ def test_imports_go_down_and_not_in_circles():
     assert not found.circles
 
 
+def test_modules_define_what_they_use():
+    assert not structure.measure().undefined_names
+
+
 def test_modules_functions_and_lines_are_short():
     found = structure.measure()
     assert not found.large_modules
@@ -25,7 +29,7 @@ def test_a_circle_an_upward_import_and_a_long_function_are_found(tmp_path):
     for name, text in {
         "config/sections.py": "def f():\n    from ebt_nb.jobs.launch import start\n",
         "jobs/launch.py": "from ..config.sections import f\n" + "def start():\n" + "    x = 1\n" * 60,
-        "loose.py": "x = '" + "a" * 130 + "'\n",
+        "loose.py": "x = '" + "a" * 130 + "'\ndef g(y):\n    return len(x) + y + z\n",
     }.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
@@ -34,6 +38,7 @@ def test_a_circle_an_upward_import_and_a_long_function_are_found(tmp_path):
     assert found.circles == ["config.sections -> jobs.launch -> config.sections"]
     assert found.modules_outside_rooms == ["loose"] and found.long_lines == ["loose:1"]
     assert found.long_functions == ["jobs.launch:start: 61 lines"]
+    assert found.undefined_names == ["loose:g: z"]
 
 
 def test_notebooks_and_modules_that_are_mentioned_exist():

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..config.errors import first_line
 from ebt_nb.jobs.parcels import (
     RemoteError,
     compute_sha256,

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch import nn
 
 from ..compute.matmul import fast_matmul, matmul_precision
 from ..compute.memory import keep_freed_memory
+from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
 from ..config.metrics import check_metric, is_higher_better
 from ..config.overrides import override_config
