@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .landscape import AnalysisError, check_trace_index, create_figure, escape_dollars
+from ..runs.metrics import comparable_training_loss
 from ..thinking.descent import Trace
 from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace
@@ -339,7 +340,9 @@ def plot_learning_curves(runs: dict[str, list[dict[str, int | float]]], unit: st
 
 def loss_curves(name: str, rows: list[dict[str, int | float]]) -> dict[str, list[tuple[int, float]]]:
     "Return (update, loss) of the training and validation loss of a run. Raises AnalysisError if it measured neither."
-    curves = {key: [(row["step"], row[key]) for row in rows if key in row] for key in ("train/loss", "val/loss")}
+    training = [(row["step"], loss) for row in rows if (loss := comparable_training_loss(row)) is not None]
+    validation = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
+    curves = {"train/loss": training, "val/loss": validation}
     if not any(curves.values()):
         measured = ", ".join(sorted({key for row in rows for key in row})) or "nothing"
         raise AnalysisError(f"{name}: its metrics hold neither train/loss nor val/loss, only {measured}")

@@ -28,7 +28,7 @@ from ..compute.memory import memory_in_use
 from ..config.errors import ConfigError, WorkbenchError, suggest
 from ..config.kinds import RunConfig
 from ..config.metrics import is_higher_better
-from ..runs.metrics import MetricsFile
+from ..runs.metrics import MetricsFile, comparable_training_loss
 from .base import TrainingModule
 from .checkpoint_saving import is_update_complete
 from .trackers import Tracker
@@ -141,8 +141,9 @@ class Console:
 def format_progress(row: dict[str, float], max_steps: int, seconds_left: float | None = None) -> str:
     "Return one line about a run's progress: step, newest losses, speed, time left."
     parts = [f"step {row.get('step', 0)}/{max_steps}"]
-    if "train/loss" in row:
-        parts.append(f"loss {row['train/loss']:.3f}")
+    training_loss = comparable_training_loss(row)
+    if training_loss is not None:
+        parts.append(f"loss {training_loss:.3f}")
     if "val/loss" in row:
         validation = f"validation {row['val/loss']:.3f}"
         if "val/bits_per_character" in row:
