@@ -18,7 +18,6 @@ from torch import Tensor
 from ..config.errors import WorkbenchError
 from ..data.pixels import float_to_pixels
 from .next_token import select_energies
-from ..models.diffusion import guided_noise_model
 from ..models.image_encoders import ImageEncoder, load_image_encoder
 from ..models.text_encoders import TextEncoder, load_text_encoder
 from ..thinking.verify import think
@@ -64,19 +63,9 @@ def draw_latents(
         result = think(module.model.condition_on(context), module.space, module.descent, rng, dtype=dtype)
         energies = select_energies(result.final_energies, result.chosen_index)
         return DrawnImages(module.space.to_images(result.prediction).cpu(), energies.cpu())
-    diffusion, (channels, side) = config.diffusion, config.image_shape
-    noise = rng.for_purpose("start").normal(channels * side * side, dtype)
-    sampling = module.diffusion.sample(
-        guided_noise_model(module.model, captions, diffusion.guidance),
-        noise.view(count, channels, side, side),
-        start=diffusion.first_step(),
-        steps=min(diffusion.sampling_steps, diffusion.first_step() + 1),
-        sampler=diffusion.sampler,
-        rng=rng,
-        clip=config.encoder.images == "none",
-        recursion=diffusion.recursion,
-    )
-    return DrawnImages(sampling.prediction.cpu())
+    channels, side = config.image_shape
+    noise = rng.for_purpose("start").normal(channels * side * side, dtype).view(count, channels, side, side)
+    return DrawnImages(module.run_reverse_process(noise, rng, captions).cpu())
 
 # %% ../../nbs/inference/13_draw.ipynb #7ab7fbfc
 def draw_images(module: ImageModule, captions: Sequence[str] | int, seed: int | None = None) -> DrawnImages:

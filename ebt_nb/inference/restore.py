@@ -92,7 +92,6 @@ def restore_images(
     which may start at the step of the images' noise `level` (by default the trained one; `diffusion.sampling_start`).
     Raises RestoreError for passes that recursion does not divide, ConfigError for more than the process has steps.
     """
-    diffusion = module.config.diffusion
     if isinstance(module, EnergyImageModule):
         trace = think(
             module.model.condition_on(module.model.observe(len(noisy))),
@@ -105,23 +104,14 @@ def restore_images(
             evaluate_energies=False,
         ).trace
         return module.space.to_images(trace.prediction), trace
-    recursion = recursion or diffusion.recursion
+    recursion = recursion or module.config.diffusion.recursion
     if passes % recursion:
         raise RestoreError(
             f"{passes} forward passes cannot be divided among {recursion} runs of the reverse process "
             "(diffusion.recursion); take a multiple"
         )
-    sampling = module.diffusion.sample(
-        module.model,
-        noisy,
-        start=diffusion.first_step(level),
-        steps=passes // recursion,
-        sampler=diffusion.sampler,
-        rng=rng,
-        clip=module.config.encoder.images == "none",
-        recursion=recursion,
-    )
-    return sampling.prediction, None
+    steps = passes // recursion
+    return module.run_reverse_process(noisy, rng, level=level, steps=steps, recursion=recursion), None
 
 # %% ../../nbs/inference/12_restore.ipynb #ef06ee2c
 BATCH_SIZE = 128  # images

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..compute.rng import RandomKeys
 from ..config.kinds import RunConfig
 from ..config.thinking import ImageObjectiveConfig
-from ..models.diffusion import GaussianDiffusion
+from ..models.diffusion import GaussianDiffusion, guided_noise_model
 from ..models.dit import DiT
 from ..models.image_energy import BidirectionalEBT, initialise_image_energy_as_published
 from ..thinking.descent import Descent, pad_with_last
@@ -305,6 +305,34 @@ class DiffusionModule(ImageModule):
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
         "Return the loss of predicting no noise (noise has variance 1), and a fifth of it."
         return 1.0, 0.2
+
+    def run_reverse_process(
+        self,
+        noisy: Float[Tensor, "batch channels side side"],
+        rng: RandomKeys,
+        captions: Float[Tensor, "batch caption"] | None = None,
+        level: float | None = None,
+        steps: int | None = None,
+        recursion: int | None = None,
+    ) -> Float[Tensor, "batch channels side side"]:
+        """Return images at the end of the reverse process, which runs as the section `diffusion` says.
+
+        `rng` [batch] feeds its noise; `level` is that of the noisy images, by default the trained one. `steps` passes in
+        each of `recursion` runs replace the configured ones. Raises ConfigError for more steps than there are.
+        """
+        diffusion = self.config.diffusion
+        start = diffusion.first_step(level)
+        sampling = self.diffusion.sample(
+            guided_noise_model(self.model, captions, diffusion.guidance),
+            noisy,
+            start=start,
+            steps=min(diffusion.sampling_steps, start + 1) if steps is None else steps,
+            sampler=diffusion.sampler,
+            rng=rng,
+            clip=self.config.encoder.images == "none",
+            recursion=diffusion.recursion if recursion is None else recursion,
+        )
+        return sampling.prediction
 
 
 def build_image_module(config: RunConfig, model: nn.Module | None = None) -> ImageModule:
