@@ -317,8 +317,8 @@ class DiffusionModule(ImageModule):
     ) -> Float[Tensor, "batch channels side side"]:
         """Return images at the end of the reverse process, which runs as the section `diffusion` says.
 
-        `rng` [batch] feeds its noise; `level` is that of the noisy images, by default the trained one. `steps` passes in
-        each of `recursion` runs replace the configured ones. Raises ConfigError for more steps than there are.
+        `rng` [batch] feeds its noise; `level` is that of the noisy images, by default the trained one. `steps` passes
+        in each of `recursion` runs replace the configured ones. Raises ConfigError for more steps than there are.
         """
         diffusion = self.config.diffusion
         start = diffusion.first_step(level)
