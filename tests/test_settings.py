@@ -15,7 +15,7 @@ from ebt_nb.cli.commands import capture_command
 from ebt_nb.cli.main import COMMAND_MODULES
 from ebt_nb.cli.presets import annotated_yaml
 from ebt_nb.config.errors import ConfigError, WorkbenchError
-from ebt_nb.config.kinds import RUN_KINDS, config_fields, section_fields, validate_config
+from ebt_nb.config.kinds import RUN_KINDS, config_fields, section_fields
 from ebt_nb.config.overrides import (
     build_config,
     convert_text,
@@ -28,6 +28,7 @@ from ebt_nb.config.overrides import (
     override_config,
     parse_overrides,
 )
+from ebt_nb.config.validation import validate_config
 from ebt_nb.jobs.launch import override_arguments
 from ebt_nb.jobs.notebook_parameters import NotebookError, Parameter, convert_parameter, split_settings
 from ebt_nb.jobs.sweep_file import format_settings, read_sweep

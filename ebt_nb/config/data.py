@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'TOKENIZER_SIZES', 'HUB_NAME', 'tokenizer_size', 'find_tokenizer_file', 'DataConfig',
-           'LanguageDataConfig', 'TextDataConfig', 'QuestionDataConfig', 'ImageDataConfig', 'EncoderConfig',
-           'NoiseConfig', 'EnergyNoiseConfig', 'DiffusionConfig']
+           'LanguageDataConfig', 'TextDataConfig', 'QuestionDataConfig', 'ImageDataConfig', 'VideoDataConfig',
+           'ImageEncoderConfig', 'EncoderConfig', 'FrameEncoderConfig', 'NoiseConfig', 'EnergyNoiseConfig',
+           'DiffusionConfig']
 
 # %% ../../nbs/config/04_data.ipynb #989a93fb
 import re
@@ -172,21 +173,79 @@ class ImageDataConfig(DataConfig):
         "skip", description="leave out files that cannot be read (and report them), or stop at the first"
     )
 
+# %% ../../nbs/config/04_data.ipynb #069e3856
+class VideoDataConfig(DataConfig):
+    "Clips, from which frames are taken at even intervals."
+
+    kind: Literal["video"] = Field("video", description="video")
+    source: str = Field(
+        "moving_fashion",
+        description="'moving_fashion' (generated), 'big_buck_bunny' (embedded), 'something-something-v2', "
+        "'kinetics-400', 'kinetics-600', 'ucf101', a hub name, a clip, a folder of clips, or a .txt list of clips; "
+        "several are joined by '+'; parts of a folder named train, validation or test are splits",
+    )
+    context: int = Field(16, ge=1, description="frames that the model sees S; a sample has one more")
+    seconds_between_frames: float | None = Field(
+        0.25, gt=0, description="time between two frames of a sample; null: every data.stride-th frame of the file"
+    )
+    stride: int = Field(
+        1,
+        ge=1,
+        description="frames of the file from one frame of a sample to the next; needs seconds_between_frames=null",
+    )
+    image_size: int = Field(64, ge=4, description="pixels a side of a frame")
+    channels: Literal[1, 3] = Field(3, description="1 (grey) or 3 (colour)")
+    aspect: Literal["crop", "pad", "stretch"] = Field(
+        "crop", description="how frames become square: cut at the longer side, padded at the shorter one, or stretched"
+    )
+    random_crop: bool = Field(False, description="in training cut a random square instead of the middle one")
+    random_start: bool = Field(True, description="in training a clip's frames begin at a random one, else at its first")
+    flip: bool = Field(False, description="mirror half of the training clips, left to right")
+    decode: Literal["once", "on_the_fly"] = Field(
+        "once",
+        description="'once': decode (or encode) all frames into data.cache_dir before training; 'on_the_fly': decode "
+        "each clip whenever it is read",
+    )
+    video_column: str = Field("video", description="column of a hub data set that holds the clip")
+    unreadable: Literal["skip", "refuse"] = Field(
+        "skip", description="leave out files that cannot be decoded (and report them), or stop at the first"
+    )
+    short: Literal["skip", "repeat", "refuse"] = Field(
+        "skip",
+        description="clips with fewer frames than a sample: leave them out (and report them), repeat their last frame, "
+        "or stop at the first",
+    )
+
+    @model_validator(mode="after")
+    def _check_sampling(self):
+        if self.seconds_between_frames is not None and self.stride != 1:
+            raise ValueError(
+                "stride: has no effect with data.seconds_between_frames; set that to null, or leave it out"
+            )
+        if self.random_crop and self.aspect != "crop":
+            raise ValueError(f"random_crop: has no effect with data.aspect={self.aspect}; leave it out")
+        return self
+
 # %% ../../nbs/config/04_data.ipynb #b005ebe0
-class EncoderConfig(Section):
-    "Frozen networks that turn images into latents and captions into vectors, once (`ebt encode`), before training."
+class ImageEncoderConfig(Section):
+    "A frozen network that turns images or frames into latents, once (`ebt encode`), before training."
 
     images: str = Field(
         "none",
         description="'none' (pixels), 'small_vae' (embedded), 'vae:PATH_OR_HUB' (an AutoencoderKL), "
         "'dinov2:PATH_OR_HUB'; hub names may have a revision, owner/name@REVISION",
     )
-    captions: str = Field("none", description="'none', 'minilm', 'minilm:PATH_OR_HUB', 'clip:PATH_OR_HUB'")
     latent_channels: int = Field(4, ge=1, description="channels of a latent image")
     latent_factor: int = Field(4, ge=1, description="pixels a side that one latent stands for")
     latent_scale: float = Field(
         1.0, gt=0, description="number that latents are multiplied by, so that their variance is about 1"
     )
+
+
+class EncoderConfig(ImageEncoderConfig):
+    "Frozen networks that turn images into latents and captions into vectors, once (`ebt encode`), before training."
+
+    captions: str = Field("none", description="'none', 'minilm', 'minilm:PATH_OR_HUB', 'clip:PATH_OR_HUB'")
     caption_width: int = Field(384, ge=1, description="width of an encoded caption")
     drop_caption: float = Field(
         0.1,
@@ -194,6 +253,25 @@ class EncoderConfig(Section):
         lt=1,
         description="share of captions that training leaves out, so that the model also learns images without one",
     )
+
+
+class FrameEncoderConfig(ImageEncoderConfig):
+    "A frozen network that turns frames into latents or into one vector each."
+
+    pooling: Literal["none", "summary"] = Field(
+        "none",
+        description="what stands for a frame: 'none', all its latents, laid flat; 'summary', the network's one vector "
+        "for it (DINOv2's class token)",
+    )
+
+    @model_validator(mode="after")
+    def _check_pooling(self):
+        if self.pooling == "summary" and not self.images.startswith("dinov2"):
+            raise ValueError(
+                f"pooling: {self.images!r} has no one vector for a frame; set encoder.images=dinov2:PATH_OR_HUB, or "
+                "encoder.pooling=none"
+            )
+        return self
 
 
 class NoiseConfig(Section):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Conditioning', 'EnergyForm', 'Guess', 'Size', 'shape_of_size', 'ModelConfig', 'EnergyHeadConfig',
-           'LanguageModelConfig', 'EnergyTransformerConfig', 'TransformerConfig', 'ImageModelConfig',
-           'ImageEnergyConfig', 'DiTConfig']
+           'SequenceModelConfig', 'SequenceEnergyConfig', 'LanguageModelConfig', 'EnergyTransformerConfig',
+           'TransformerConfig', 'VideoEnergyConfig', 'VideoTransformerConfig', 'ImageModelConfig', 'ImageEnergyConfig',
+           'DiTConfig']
 
 # %% ../../nbs/config/02_models.ipynb #22a2dcd4
 from typing import Any, Literal
@@ -101,16 +102,15 @@ class EnergyHeadConfig(Section):
     )
 
 # %% ../../nbs/config/02_models.ipynb #e354ec11
-class LanguageModelConfig(ModelConfig):
-    "What both models of language have."
+class SequenceModelConfig(ModelConfig):
+    "What all models have that predict the next element of a sequence: of text or of video."
 
-    vocab_size: int = Field(8192, ge=2, description="tokens in the vocabulary V; must be the tokenizer's")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
 
 
-class EnergyTransformerConfig(LanguageModelConfig, EnergyHeadConfig):
-    "The energy-based transformer: scores candidates for the next token."
+class SequenceEnergyConfig(SequenceModelConfig, EnergyHeadConfig):
+    "What energy models of sequences have: they score candidates for the next element."
 
     init: Literal["calibrated", "reference", "reference_he"] = Field(
         "calibrated",
@@ -118,17 +118,28 @@ class EnergyTransformerConfig(LanguageModelConfig, EnergyHeadConfig):
         "'reference' is the start of the published code (Xavier), with a loss in the hundreds to thousands; "
         "'reference_he' its other choice of matrices (He)",
     )
-    kind: Literal["ebt"] = Field("ebt", description="energy-based transformer for language")
     conditioning: Conditioning = Field(
         "step_embed", description="how the network is told which thinking step ('landscape') it is in"
     )
-    tied: bool = Field(False, description="embed candidates with the token table")
     energy: EnergyForm = Field(
         "linear",
         description="what the energy is of a candidate and the state it leaves in the network: 'linear' in the state "
         "as published; 'reconstruction': the squared distance of the candidate from what the state proposes, plus "
         "a term of what the observed stream expects",
     )
+
+# %% ../../nbs/config/02_models.ipynb #9e7260b6
+class LanguageModelConfig(SequenceModelConfig):
+    "What both models of language have."
+
+    vocab_size: int = Field(8192, ge=2, description="tokens in the vocabulary V; must be the tokenizer's")
+
+
+class EnergyTransformerConfig(LanguageModelConfig, SequenceEnergyConfig):
+    "The energy-based transformer: scores candidates for the next token."
+
+    kind: Literal["ebt"] = Field("ebt", description="energy-based transformer for language")
+    tied: bool = Field(False, description="embed candidates with the token table")
 
 
 class TransformerConfig(LanguageModelConfig):
@@ -138,6 +149,21 @@ class TransformerConfig(LanguageModelConfig):
     tied: bool = Field(False, description="share the token table with the output head")
     loops: int = Field(
         1, ge=1, description="times that the blocks are run, each time on their own output (a looped transformer)"
+    )
+
+# %% ../../nbs/config/02_models.ipynb #c022a2e9
+class VideoEnergyConfig(SequenceEnergyConfig):
+    "The energy-based transformer of video: scores candidates for the next frame."
+
+    kind: Literal["video_ebt"] = Field("video_ebt", description="energy-based transformer for video")
+
+
+class VideoTransformerConfig(SequenceModelConfig):
+    "The feed-forward baseline of video."
+
+    kind: Literal["video_transformer"] = Field("video_transformer", description="feed-forward baseline for video")
+    tied: bool = Field(
+        False, description="turn the output into a frame with the transpose of the projection that embeds frames"
     )
 
 # %% ../../nbs/config/02_models.ipynb #65a93ac3

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..config.errors import LFS_MESSAGE, LFS_POINTER, ConfigError, WorkbenchError
-from ..config.kinds import RunConfig, check_format, validate_config
+from ..config.kinds import RunConfig
+from ..config.validation import check_format, validate_config
 from ..runs.addresses import find_checkpoint
 from ..runs.shared_models import MODEL_FILE
 from .model_folders import CheckpointError, read_model_folder, write_model_folder

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..config.data import TOKENIZER_SIZES
 from ..config.errors import WorkbenchError, describe_error, first_line
-from ..config.kinds import RunConfig, validate_config
+from ..config.kinds import RunConfig
 from ..config.overrides import read_yaml_sections
+from ..config.validation import validate_config
 from ..data.cache import write_folder
 from ..data.tokenizers import read_tokenizer_file
 from ..runs.shared_models import CARD_FILE, CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, find_model_file

@@ -17,8 +17,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..config.errors import WorkbenchError
-from ..config.kinds import RunConfig, config_fields, validate_config
+from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import differing_keys
+from ..config.validation import validate_config
 from ..data.image_loaders import ImageDataModule
 from ..data.text_loaders import TextDataModule
 from ..runs.files import RunError, write_atomically
