@@ -127,7 +127,7 @@ class PretrainedModule:
         """
         config = read_module_config(path, checkpoint)
         if config.model.kind not in cls.model_kinds:
-            kinds = ", ".join(cls.model_kinds) or "none; load_pretrained of training/10_build chooses the class"
+            kinds = ", ".join(cls.model_kinds) or "none; load_pretrained of training/11_build chooses the class"
             raise CheckpointError(
                 f"{path}: holds a model of kind {config.model.kind!r}, and {cls.__name__} loads {kinds}"
             )
