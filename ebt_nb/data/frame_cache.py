@@ -9,9 +9,9 @@ __all__ = ['Columns', 'EncodeFrames', 'CLIPS_PER_PART', 'DecodedClip', 'read_cli
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240003
 import json
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +136,9 @@ class FrameWriter:
         path, record_path = self.folder / f"{name}.arrow", self.folder / f"{name}.json"
         with suppress(OSError, ValueError):
             record = json.loads(record_path.read_text())
-            if self.encoder:
-                self.encoder.shape = record.pop("shape")
+            shape = record.pop("shape")
+            if self.encoder and shape:
+                self.encoder.shape = shape
             return record
         record = dict(files=[], numbers=[], frames=[], unreadable=[])
         writer = None
@@ -156,25 +157,34 @@ class FrameWriter:
         finally:
             if writer:
                 writer.close()
-        shape = {"shape": self.encoder.shape} if self.encoder else {}
-        write_atomically(record_path, json.dumps(record | shape))
+        shape = self.encoder.shape if self.encoder else []
+        write_atomically(record_path, json.dumps(record | dict(shape=shape)))
         return record
 
     def read_clips(self, clips: Sequence[Clip]) -> Iterator[DecodedClip | str]:
         "Yield what is written of each clip, in order; data.workers threads decode. Raises DataError to refuse one."
-        data, num_threads = self.config.data, max(1, self.config.data.workers)
-        shape = (data.channels, data.image_size, data.image_size)
+        num_threads = max(1, self.config.data.workers)
         with ThreadPoolExecutor(num_threads) as threads:
-            for start in range(0, len(clips), num_threads):
-                for clip in threads.map(lambda clip: read_clip(clip, self.config), clips[start : start + num_threads]):
-                    if isinstance(clip, str) and data.unreadable == "refuse":
-                        raise DataError(unreadable_message(clip))
-                    if isinstance(clip, DecodedClip):
-                        self.counts["clips"] += 1
-                        self.counts["frames"] += clip.num_frames
-                        self.report(self.counts)
-                        clip = self.encoder.encode_clip(clip, shape) if self.encoder else clip
-                    yield clip
+            pending: deque[Future] = deque()
+            for clip in clips:
+                pending.append(threads.submit(read_clip, clip, self.config))
+                if len(pending) > num_threads:
+                    yield self.finish_clip(pending.popleft().result())
+            while pending:
+                yield self.finish_clip(pending.popleft().result())
+
+    def finish_clip(self, clip: DecodedClip | str) -> DecodedClip | str:
+        "Encode a clip if that is asked for, and count it. Raises DataError for an unreadable one that is refused."
+        data = self.config.data
+        if isinstance(clip, str):
+            if data.unreadable == "refuse":
+                raise DataError(unreadable_message(clip))
+            return clip
+        self.counts["clips"] += 1
+        self.counts["frames"] += clip.num_frames
+        self.report(self.counts)
+        shape = (data.channels, data.image_size, data.image_size)
+        return self.encoder.encode_clip(clip, shape) if self.encoder else clip
 
 
 def record_batch(columns: Columns) -> pa.RecordBatch:
@@ -214,7 +224,7 @@ def estimate_num_frames(clip_set: ClipSet, data: VideoDataConfig, num_probes: in
         clips = clip_set.clips(split, data)
         counts = []
         for number in np.unique(np.linspace(0, len(clips) - 1, min(num_probes, len(clips))).astype(int)):
-            with suppress(DataError):  # it is named when its turn comes
+            with suppress(Exception):  # it is named when its turn comes
                 counts.append(clips[number].count_frames(data))
         if counts:
             total += np.mean(counts) * len(clips)
@@ -263,8 +273,6 @@ def prepare_frames(
             what = f"{clip_set.name}: about {num_frames:,} frames"
             check_disk_space(data, what, max(0, num_frames * bytes_per_frame(config) - written))
         info = write_frame_cache(folder, clip_set, config, encoder)
-        for record in folder.glob("*-*.json"):
-            os.remove(record)
         (folder / "info.json").write_text(json.dumps(info | dict(encoders=about or {}), indent=1))
 
     key, suffix = frame_cache_key(config), frame_cache_suffix(config)

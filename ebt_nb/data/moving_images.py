@@ -37,8 +37,16 @@ class Clip:
         "Return the number of frames at the configured interval, without decoding them; for a file it may be near it."
         raise NotImplementedError("count_frames")
 
-    def read_frames(self, data: VideoDataConfig) -> UInt8[np.ndarray, "frames channels size size"]:
-        "Return all frames at the configured interval, as squares of bytes. Raises DataError if it cannot be decoded."
+    def read_frames(
+        self, data: VideoDataConfig, first: int = 0, count: int | None = None, crop: float = 0.5
+    ) -> UInt8[np.ndarray, "frames channels size size"]:
+        """Return frames at the configured interval, as squares of bytes.
+
+        first, count: which of them; all from `first` on if `count` is None.
+        crop: where data.aspect=crop cuts the square along the longer side, 0 (left or top) to 1.
+
+        Raises DataError if they cannot be decoded.
+        """
         raise NotImplementedError("read_frames")
 
 
@@ -86,6 +94,10 @@ class Motion:
     positions: Float[np.ndarray, "frames objects 2"]
     angles: Float[np.ndarray, "frames objects"]
     bounced: Bool[np.ndarray, "frames objects"]
+
+    def select(self, frames: slice) -> "Motion":
+        "Return some of the frames."
+        return Motion(self.positions[frames], self.angles[frames], self.bounced[frames])
 
 
 def has_changed(counts: Int[np.ndarray, "frames ..."]) -> Bool[np.ndarray, "frames ..."]:
@@ -155,10 +167,14 @@ def draw_objects(
     cos, sin = angles.cos() / OBJECT_SIDE, angles.sin() / OBJECT_SIDE
     rotation = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
     offset = -(rotation @ centres[:, :, None])
+    columns = (2 * torch.arange(side) + 1) / side - 1
+    places = rotation.float()[..., 0, None, None] * columns + rotation.float()[..., 1, None, None] * columns[:, None]
+    places += offset.float()[..., None]
     num_frames, num_objects = motion.angles.shape
-    grid = F.affine_grid(torch.cat([rotation, offset], 2).float(), [len(angles), 1, side, side], align_corners=False)
     repeated = images[None].expand(num_frames, -1, -1, -1).flatten(0, 1)[:, None]
-    return F.grid_sample(repeated, grid, align_corners=False).view(num_frames, num_objects, side, side)
+    return F.grid_sample(repeated, places.permute(0, 2, 3, 1), align_corners=False).view(
+        num_frames, num_objects, side, side
+    )
 
 
 def bar_mask(draws: Float[np.ndarray, "8"], side: int) -> Bool[Tensor, "side side"]:
@@ -229,21 +245,24 @@ class MovingImageClip(Clip):
         move = move_orbiting if self.kind == NOVEL_MOTION else MOTIONS[self.kind]
         return move(self.draw("motion", self.num_objects), self.times(data))
 
-    def draw_layers(self, data: VideoDataConfig, side: int) -> Float[Tensor, "frames objects side side"]:
+    def draw_layers(self, motion: Motion, side: int) -> Float[Tensor, "frames objects side side"]:
         "Draw each object of each frame alone, without the bar."
         choices = object_images(self.split)
         chosen = (self.draw("image", self.num_objects)[:, 0] * len(choices)).astype(int)
-        return draw_objects(torch.from_numpy(choices[chosen]).float() / 255, self.motion(data), side)
+        return draw_objects(torch.from_numpy(choices[chosen]).float() / 255, motion, side)
 
-    def read_frames(self, data: VideoDataConfig) -> UInt8[np.ndarray, "frames channels size size"]:
-        "Draw all frames."
+    def read_frames(
+        self, data: VideoDataConfig, first: int = 0, count: int | None = None, crop: float = 0.5
+    ) -> UInt8[np.ndarray, "frames channels size size"]:
+        "Draw frames; they are squares, so there is nothing to crop."
         coarseness = math.ceil(DRAWN_SIDE / data.image_size)
         side = coarseness * data.image_size
-        frames = self.draw_layers(data, side).amax(1)
+        motion = self.motion(data).select(slice(first, None if count is None else first + count))
+        frames = self.draw_layers(motion, side).amax(1)
         if self.has_bar:
             frames = torch.where(bar_mask(self.draw("bar")[0], side), BAR_GREY, frames)
-        frames = F.avg_pool2d(frames[:, None], coarseness)
-        frames = frames.mul_(255).round_().to(torch.uint8)
+        frames = F.avg_pool2d(frames[:, None], coarseness) if coarseness > 1 else frames[:, None]
+        frames = frames.mul(255).round_().to(torch.uint8)
         return frames.expand(-1, data.channels, -1, -1).numpy()
 
     def truth(self, data: VideoDataConfig) -> dict[str, np.ndarray]:
@@ -253,7 +272,8 @@ class MovingImageClip(Clip):
         covered [frames, objects], the share of an object's brightness that the bar hides; occluded, whether that is
         more than half.
         """
-        motion, layers = self.motion(data), self.draw_layers(data, DRAWN_SIDE)
+        motion = self.motion(data)
+        layers = self.draw_layers(motion, DRAWN_SIDE)
         mask = bar_mask(self.draw("bar")[0], DRAWN_SIDE) & self.has_bar
         covered = ((layers * mask).sum((2, 3)) / layers.sum((2, 3)).clamp_min(1e-6)).numpy()
         record = dict(times=self.times(data), positions=motion.positions, angles=motion.angles, bounced=motion.bounced)

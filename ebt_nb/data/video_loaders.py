@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.data
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..config.kinds import VideoConfig
@@ -38,7 +38,7 @@ class ClipRows(torch.utils.data.Dataset):
 
     table: the clips of a split.
     clips: the clips themselves, which are decoded when they are read; None: frames are in the table.
-    is_training: whether windows begin at random (data.random_start), and are mirrored (data.flip).
+    is_training: whether windows begin, are cut and are mirrored at random, as the configuration says.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class ClipRows(torch.utils.data.Dataset):
         self.table, self.data, self.seed, self.clips = table, config.data, config.run.seed, clips
         self.frame_shape, self.window = config.frame_shape, config.data.context + 1
         self.has_random_start = is_training and config.data.random_start
+        self.has_random_crop = is_training and config.data.random_crop
         self.flip = is_training and config.data.flip
 
     def __len__(self) -> int:
@@ -58,11 +59,12 @@ class ClipRows(torch.utils.data.Dataset):
 
     def __getitem__(self, numbers: Int[np.ndarray, "batch"]) -> dict[str, Shaped[Tensor, "..."]]:
         index, epochs = numbers % len(self), numbers // len(self)
-        starts = self.draw_starts(index, epochs)
+        starts, crops = self.draw_starts(index, epochs), self.draw_crops(index, epochs)
         is_mirrored = (
             draw_mirrored(self.seed, index, epochs) if self.flip else torch.zeros(len(index), dtype=torch.bool)
         )
-        windows = [self.read_window(*row) for row in zip(index.tolist(), starts.tolist(), is_mirrored.tolist())]
+        rows = zip(index.tolist(), starts.tolist(), crops.tolist(), is_mirrored.tolist())
+        windows = [self.read_window(*row) for row in rows]
         frames = torch.stack(windows)
         frames = frames.float() if frames.is_floating_point() else pixels_to_float(frames)
         return dict(frames=frames, index=torch.from_numpy(index.astype(np.int64)))
@@ -76,10 +78,18 @@ class ClipRows(torch.utils.data.Dataset):
         drawn = row_keys(self.seed, index, epochs).for_purpose("window").uniform(1, torch.float64)[:, 0, 0].numpy()
         return (drawn * np.maximum(self.table.lengths[index] - self.window + 1, 1)).astype(np.int64)
 
-    def read_window(self, row: int, start: int, is_mirrored: bool) -> Shaped[Tensor, "window numbers"]:
+    def draw_crops(
+        self, index: Int[np.ndarray, "batch"], epochs: Int[np.ndarray, "batch"]
+    ) -> Float[np.ndarray, "batch"]:
+        "Return where the square of each row is cut along the longer side of its frames; the middle is one half."
+        if not self.has_random_crop:
+            return np.full(len(index), 0.5)
+        return row_keys(self.seed, index, epochs).for_purpose("crop").uniform(1, torch.float64)[:, 0, 0].numpy()
+
+    def read_window(self, row: int, start: int, crop: float, is_mirrored: bool) -> Shaped[Tensor, "window numbers"]:
         "Return one window, mirrored or not, as it is stored: bytes or latents."
         if self.clips is not None:
-            window = self.decode_window(row, start)
+            window = self.decode_window(row, start, crop)
         else:
             count = min(self.window, int(self.table.lengths[row]))
             has_mirrored = is_mirrored and "flipped" in self.table.frames.column_names
@@ -90,19 +100,22 @@ class ClipRows(torch.utils.data.Dataset):
         missing = self.window - len(window)
         return torch.cat([window, window[-1:].expand(missing, -1)]) if missing > 0 else window
 
-    def decode_window(self, row: int, start: int) -> Shaped[Tensor, "frames numbers"]:
+    def decode_window(self, row: int, start: int, crop: float) -> Shaped[Tensor, "frames numbers"]:
         "Decode a clip and return its window; in place of one that cannot be decoded, that of the next."
         for number in range(row, row + len(self)):
             clip = self.clips[self.table.numbers[number % len(self)]]
             try:
-                frames = clip.read_frames(self.data)
+                frames = clip.read_frames(self.data, start, self.window, crop)
+                if len(frames) < self.window:  # the number of frames was an estimate, or the clip is short
+                    frames = clip.read_frames(self.data, crop=crop)[-self.window :]
+                if len(frames):
+                    return torch.from_numpy(frames).flatten(1)
+                reason = f"{clip.name}: holds no frames"
             except DataError as error:
-                if self.data.unreadable == "refuse":
-                    raise DataError(unreadable_message(str(error))) from error
-                _log_once(f"{error}; another clip takes its place")
-                continue
-            start = min(start, max(0, len(frames) - self.window))
-            return torch.from_numpy(frames[start : start + self.window]).flatten(1)
+                reason = str(error)
+            if self.data.unreadable == "refuse":
+                raise DataError(unreadable_message(reason))
+            _log_once(f"{reason}; another clip takes its place")
         raise DataError(f"data.source: {self.data.source!r} holds no clip that can be decoded")
 
 
