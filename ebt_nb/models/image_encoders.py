@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'IMAGE_ENCODERS', 'ImageEncoder', 'SmallVAEEncoder', 'AutoencoderKLEncoder',
-           'DINOv2Encoder', 'load_image_encoder']
+           'DINOv2Encoder', 'load_image_encoder', 'read_image_encoder']
 
 # %% ../../nbs/models/14_image_encoders.ipynb #f12a0002
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from ..config.data import EncoderConfig
 from ..config.errors import suggest
 from .pretrained import EncoderError, load_pretrained, network_fingerprint
-from .small_vae import SmallVAE, load_small_vae
+from .small_vae import ResidualBlock, SmallVAE, load_small_vae
 
 # %% ../../nbs/models/14_image_encoders.ipynb #9b3f9bb1
 class ImageEncoder(nn.Module):
     """A frozen network that turns images [batch, 1 or 3, size, size] in [-1, 1] into latents [batch, channels, h, h].
 
     h is size / `downsampling`. `shift` is subtracted from the network's latents, and they are multiplied by `scale`.
-    `fingerprint` identifies all of it. Subclasses define `raw_latents`, and `raw_images` if they can decode.
+    `fingerprint` identifies all of it. Subclasses define `raw_latents`, `raw_feature_maps`, and `raw_images` if they
+    can decode.
     """
 
     shift = 0.0
@@ -68,6 +69,23 @@ class ImageEncoder(nn.Module):
         "Return one vector for each image, to compare images by: all its latents."
         return self.encode(images).flatten(1)
 
+    @torch.no_grad()
+    def feature_maps(
+        self, images: Float[Tensor, "batch colours size size"]
+    ) -> list[Float[Tensor, "batch features rows columns"]]:
+        """Return maps of features of images in [-1, 1], from fine to coarse, to compare images by.
+
+        Raises EncoderError as `latent_shape` does.
+        """
+        self.latent_shape(images.shape[-1])
+        return self.raw_feature_maps(images.expand(-1, 3, -1, -1))
+
+    def raw_feature_maps(
+        self, images: Float[Tensor, "batch 3 size size"]
+    ) -> list[Float[Tensor, "batch features rows columns"]]:
+        "Return the maps of colour images."
+        raise NotImplementedError("raw_feature_maps")
+
     def raw_latents(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch channels side side"]:
         "Return the network's own latents of colour images."
         raise NotImplementedError("raw_latents")
@@ -87,6 +105,17 @@ class SmallVAEEncoder(ImageEncoder):
         "Return the mean of the latents."
         return self.network.encode(images)[0]
 
+    def raw_feature_maps(
+        self, images: Float[Tensor, "batch 3 size size"]
+    ) -> list[Float[Tensor, "batch features rows columns"]]:
+        "Return the outputs of the encoder's residual blocks."
+        maps, x = [], images
+        for layer in self.network.encoder:
+            x = layer(x)
+            if isinstance(layer, ResidualBlock):
+                maps.append(x)
+        return maps
+
     def raw_images(self, latents: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch 3 size size"]:
         "Return decoded latents."
         return self.network.decode(latents)
@@ -104,6 +133,16 @@ class AutoencoderKLEncoder(ImageEncoder):
         "Return the mean of the latents."
         return self.network.encode(images).latent_dist.mode()
 
+    def raw_feature_maps(
+        self, images: Float[Tensor, "batch 3 size size"]
+    ) -> list[Float[Tensor, "batch features rows columns"]]:
+        "Return the outputs of the encoder's blocks, one for each resolution."
+        maps, x = [], self.network.encoder.conv_in(images)
+        for block in self.network.encoder.down_blocks:
+            x = block(x)
+            maps.append(x)
+        return maps
+
     def raw_images(self, latents: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch 3 size size"]:
         "Return decoded latents."
         return self.network.decode(latents).sample
@@ -118,20 +157,28 @@ class DINOv2Encoder(ImageEncoder):
     Latents are the vectors of the patches in the last layer; `features` are those of the class token.
     """
 
-    def token_vectors(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch tokens channels"]:
-        "Return the vectors of the last layer: class token, then patches row by row."
+    def token_vectors(self, images: Float[Tensor, "batch 3 size size"]) -> list[Float[Tensor, "batch tokens channels"]]:
+        "Return the vectors of the middle and of the last layer: class token, then patches row by row."
         mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (IMAGENET_MEAN, IMAGENET_STD))
-        return self.network(((images + 1) / 2 - mean) / std).last_hidden_state
+        output = self.network(((images + 1) / 2 - mean) / std, output_hidden_states=True)
+        return [output.hidden_states[len(output.hidden_states) // 2], output.last_hidden_state]
+
+    def raw_feature_maps(
+        self, images: Float[Tensor, "batch 3 size size"]
+    ) -> list[Float[Tensor, "batch features rows columns"]]:
+        "Return the vectors of the patches in the middle and in the last layer."
+        sides = self.latent_shape(images.shape[-1])[1:]
+        return [vectors[:, 1:].mT.unflatten(2, sides) for vectors in self.token_vectors(images)]
 
     def raw_latents(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch channels side side"]:
-        "Return the vectors of the patches."
-        return self.token_vectors(images)[:, 1:].mT.unflatten(2, self.latent_shape(images.shape[-1])[1:])
+        "Return the vectors of the patches in the last layer."
+        return self.raw_feature_maps(images)[-1]
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "batch colours size size"]) -> Float[Tensor, "batch channels"]:
         "Return the vector of the class token. Raises EncoderError as `latent_shape` does."
         self.latent_shape(images.shape[-1])
-        return self.token_vectors(images.expand(-1, 3, -1, -1))[:, 0]
+        return self.token_vectors(images.expand(-1, 3, -1, -1))[-1][:, 0]
 
 # %% ../../nbs/models/14_image_encoders.ipynb #b349bdd6
 IMAGE_ENCODERS = ("small_vae", "vae", "dinov2")
@@ -142,19 +189,7 @@ def load_image_encoder(config: EncoderConfig) -> ImageEncoder:
 
     Raises EncoderError for an unknown name, missing weights, or latents of another shape than the configuration says.
     """
-    kind, source = _parse_encoder_name(config.images)
-    key, scale = "encoder.images", config.latent_scale
-    if kind == "small_vae":
-        encoder = SmallVAEEncoder(config.images, load_small_vae(), 4, SmallVAE.downsampling, scale)
-    elif kind == "vae":
-        network = load_pretrained("diffusers", "AutoencoderKL", source, key)
-        channels = network.config.latent_channels
-        downsampling = 2 ** (len(network.config.block_out_channels) - 1)
-        encoder = AutoencoderKLEncoder(config.images, network, channels, downsampling, scale)
-    else:
-        network = load_pretrained("transformers", "Dinov2Model", source, key)
-        c = network.config
-        encoder = DINOv2Encoder(config.images, network, c.hidden_size, c.patch_size, scale)
+    encoder = read_image_encoder(config.images, config.latent_scale)
     for name, configured, found in (
         ("latent_channels", config.latent_channels, encoder.channels),
         ("latent_factor", config.latent_factor, encoder.downsampling),
@@ -164,6 +199,22 @@ def load_image_encoder(config: EncoderConfig) -> ImageEncoder:
                 f"encoder.{name}: {configured} is not the {found} of {config.images}; set encoder.{name}={found}"
             )
     return encoder
+
+
+def read_image_encoder(name: str, scale: float = 1.0) -> ImageEncoder:
+    """Return the encoder of a name, whatever the shape of its latents.
+
+    Raises EncoderError for an unknown name and missing weights.
+    """
+    kind, source = _parse_encoder_name(name)
+    if kind == "small_vae":
+        return SmallVAEEncoder(name, load_small_vae(), 4, SmallVAE.downsampling, scale)
+    if kind == "vae":
+        network = load_pretrained("diffusers", "AutoencoderKL", source, "encoder.images")
+        channels, downsampling = network.config.latent_channels, 2 ** (len(network.config.block_out_channels) - 1)
+        return AutoencoderKLEncoder(name, network, channels, downsampling, scale)
+    network = load_pretrained("transformers", "Dinov2Model", source, "encoder.images")
+    return DINOv2Encoder(name, network, network.config.hidden_size, network.config.patch_size, scale)
 
 
 def _parse_encoder_name(name: str) -> tuple[str, str]:
