@@ -18,6 +18,8 @@ KIND_TITLES = {
     "transformer": "A feed-forward transformer (Transformer++) for text",
     "image_ebt": "An energy-based transformer for images",
     "dit": "A diffusion transformer for images",
+    "video_ebt": "An energy-based transformer for video",
+    "video_transformer": "A feed-forward transformer for video",
 }
 
 
