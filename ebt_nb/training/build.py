@@ -18,13 +18,14 @@ from ..config.kinds import RunConfig
 from ..config.overrides import differing_keys
 from ..runs.addresses import find_checkpoint
 from ..thinking.replay import ReplayFields
-from .base import TrainingModule, resolve_compile
+from .base import Batch, TrainingModule, resolve_compile
 from .checkpoints import CheckpointError, load_weights, read_checked_checkpoint, read_module_config
 from ebt_nb.training.images import (
     ImageModule,
     build_image_module,
     build_image_network,
     image_candidate_shape,
+    image_example_batch,
     image_replay_fields,
 )
 from ebt_nb.training.language import (
@@ -32,6 +33,7 @@ from ebt_nb.training.language import (
     build_language_module,
     build_language_network,
     text_candidate_shape,
+    text_example_batch,
     text_replay_fields,
 )
 from ebt_nb.training.video import (
@@ -39,6 +41,7 @@ from ebt_nb.training.video import (
     build_video_module,
     build_video_network,
     video_candidate_shape,
+    video_example_batch,
     video_replay_fields,
 )
 
@@ -52,6 +55,7 @@ class ModelKind:
         build_network: returns the network of a configuration, not calibrated yet.
         build_module: returns the training module of a configuration, around a given network if there is one.
         replay_fields: returns shape and number format of what the replay buffer stores of a sample.
+        example_batch: returns a batch of that many rows, of random numbers, such as the data module serves.
         candidate_shape: returns the number of positions in a sample, and of numbers in a candidate at each.
         weight_keys: the configuration keys on which the shape of the weights depends.
         supports_compile: whether a training step can be one compiled graph.
@@ -62,6 +66,7 @@ class ModelKind:
     build_network: Callable[[RunConfig], nn.Module]
     build_module: Callable[[RunConfig, nn.Module | None], TrainingModule]
     replay_fields: Callable[[RunConfig], ReplayFields]
+    example_batch: Callable[[RunConfig, int], Batch]
     candidate_shape: Callable[[RunConfig], tuple[int, int]]
     weight_keys: tuple[str, ...]
     supports_compile: bool
@@ -74,6 +79,7 @@ LANGUAGE_KIND = ModelKind(
     build_network=build_language_network,
     build_module=build_language_module,
     replay_fields=text_replay_fields,
+    example_batch=text_example_batch,
     candidate_shape=text_candidate_shape,
     weight_keys=(*TRUNK_KEYS, "model.vocab_size", "model.tied", "model.energy"),
     supports_compile=True,
@@ -84,6 +90,7 @@ IMAGE_KIND = ModelKind(
     build_network=build_image_network,
     build_module=build_image_module,
     replay_fields=image_replay_fields,
+    example_batch=image_example_batch,
     candidate_shape=image_candidate_shape,
     weight_keys=(
         *TRUNK_KEYS,
@@ -101,6 +108,7 @@ VIDEO_KIND = ModelKind(
     build_network=build_video_network,
     build_module=build_video_module,
     replay_fields=video_replay_fields,
+    example_batch=video_example_batch,
     candidate_shape=video_candidate_shape,
     weight_keys=(
         *TRUNK_KEYS,

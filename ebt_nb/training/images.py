@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['uses_captions', 'build_image_network', 'image_space', 'image_rng', 'calibrate_image_energy_head',
            'restoration_objective', 'psnr', 'ImageModule', 'EnergyImageModule', 'image_candidate_shape',
-           'image_replay_fields', 'DiffusionModule', 'build_image_module']
+           'image_example_batch', 'image_replay_fields', 'DiffusionModule', 'build_image_module']
 
 # %% ../../nbs/training/09_images.ipynb #5521b226
 from functools import cached_property
@@ -127,6 +127,7 @@ class ImageModule(TrainingModule):
     "The base of modules of image models; subclasses define `compute_objective` and `validation_metrics`."
 
     unit_name = sample_name = "images"
+    inspection = "inspect_images"
     model_kinds = ("image_ebt", "dit")
 
     @classmethod
@@ -264,6 +265,15 @@ def image_candidate_shape(config: RunConfig) -> tuple[int, int]:
     "Return the number of patches of an image, and of numbers in each."
     channels, side = config.image_shape
     return (side // config.model.patch) ** 2, channels * config.model.patch**2
+
+
+def image_example_batch(config: RunConfig, rows: int) -> Batch:
+    "Return a batch as the data module serves them, of noise."
+    (channels, side), generator = config.image_shape, torch.Generator().manual_seed(0)
+    batch = dict(image=torch.randn(rows, channels, side, side, generator=generator), index=torch.arange(rows))
+    if uses_captions(config):
+        batch["caption"] = torch.randn(rows, config.encoder.caption_width, generator=generator)
+    return batch
 
 
 def image_replay_fields(config: RunConfig) -> ReplayFields:

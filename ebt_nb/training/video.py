@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAME_DISTANCES', 'build_video_network', 'frame_space', 'bind_space', 'calibrate_video_energy_head', 'NextFrames',
            'VideoModule', 'EnergyVideoModule', 'TransformerVideoModule', 'build_video_module', 'video_candidate_shape',
-           'video_replay_fields']
+           'video_example_batch', 'video_replay_fields']
 
 # %% ../../nbs/training/10_video.ipynb #d0ccec77
 from collections.abc import Callable
@@ -107,9 +107,10 @@ class NextFrames(NamedTuple):
 
 
 class VideoModule(TrainingModule):
-    "The base of modules of video models; subclasses define `compute_objective` and `predict_next`."
+    "The base of modules of video models; subclasses define `compute_objective`, `predict_frames` and `predict_next`."
 
     unit_name, sample_name = "frames", "clips"
+    inspection = "inspect_video"
     model_kinds = ("video_ebt", "video_transformer")
 
     @classmethod
@@ -164,6 +165,10 @@ class VideoModule(TrainingModule):
         `context` is what `model.observe` (and `model.extend`) made of all frames, `newest` is the last of them, and
         `rng` [batch, 1] are the keys of `frame_rng` at its position.
         """
+        raise NotImplementedError
+
+    def predict_frames(self, batch: Batch) -> Float[Tensor, "batch seq frame"]:
+        "Return the prediction of each frame of a batch from those before it, as validations make it."
         raise NotImplementedError
 
     def start_metrics(self, output: ObjectiveOutput, truth: Float[Tensor, "batch seq frame"]) -> dict[str, Tensor]:
@@ -271,6 +276,11 @@ class EnergyVideoModule(EnergyTrainingModule, VideoModule):
         )
         return NextFrames(space.frames(thinking.prediction[:, 0]), thinking)
 
+    @torch.no_grad()
+    def predict_frames(self, batch: Batch) -> Float[Tensor, "batch seq frame"]:
+        "Return the last candidate at each position, read out as a frame."
+        return self.space.frames(self.compute_objective(batch).trace.prediction)
+
     def replay_fields(self) -> ReplayFields:
         "Return shape and number format of what the replay buffer stores of each clip."
         return video_replay_fields(self.config)
@@ -285,6 +295,11 @@ class TransformerVideoModule(VideoModule):
         "Return the loss on a batch; it is the same in training (at `micro_step`) and outside it."
         loss = self.frame_distance(self.model(batch["frames"][:, :-1]), batch["frames"][:, 1:])
         return ObjectiveOutput(loss, [loss.detach()])
+
+    @torch.no_grad()
+    def predict_frames(self, batch: Batch) -> Float[Tensor, "batch seq frame"]:
+        "Return the prediction of each frame of a batch from those before it."
+        return self.model(batch["frames"][:, :-1])
 
     @torch.no_grad()
     def predict_next(self, context: KeyValueCache, newest: Float[Tensor, "batch frame"], rng: RandomKeys) -> NextFrames:
@@ -307,6 +322,13 @@ def video_candidate_shape(config: RunConfig) -> tuple[int, int]:
     "Return the number of predicted frames in a clip, and of numbers in the candidate of each."
     is_embedded = config.is_energy_model and config.thinking.rule == "embedding"
     return config.data.context, config.model.width if is_embedded else config.frame_width
+
+
+def video_example_batch(config: RunConfig, rows: int) -> Batch:
+    "Return a batch as the data module serves them, of noise."
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(rows, config.data.context + 1, config.frame_width, generator=generator)
+    return dict(frames=frames, index=torch.arange(rows))
 
 
 def video_replay_fields(config: RunConfig) -> ReplayFields:
