@@ -224,6 +224,11 @@ class VideoDataConfig(DataConfig):
             )
         if self.random_crop and self.aspect != "crop":
             raise ValueError(f"random_crop: has no effect with data.aspect={self.aspect}; leave it out")
+        if self.random_crop and self.decode == "once":
+            raise ValueError(
+                "random_crop: what is decoded once is one square of each frame; set data.decode=on_the_fly, or leave "
+                "it out"
+            )
         return self
 
 # %% ../../nbs/config/04_data.ipynb #b005ebe0

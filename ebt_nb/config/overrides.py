@@ -357,7 +357,7 @@ def load_config(path: Path | str, defaults: dict[str, Any] | None = None) -> Run
     if "format" in tree:
         check_format(tree["format"], str(path))
     model = tree.get("model")
-    if isinstance(model, dict) and model.get("size", "custom") in SIZES:
+    if isinstance(model, dict) and model.get("size", "custom") in list(SIZES):  # which compares, as it may be any value
         tree["model"] = shape_of_size(model["size"]) | model
     try:
         config = validate_config(tree)

@@ -11,14 +11,20 @@ from .image_loaders import ImageDataModule
 from .image_sources import IMAGE_SETS
 from .sources import DataError
 from .text_loaders import TextDataModule
+from .video_loaders import VideoDataModule
 
 # %% ../../nbs/data/26_registry.ipynb #da200005
-DATA_MODULES = {"text": TextDataModule, "questions": TextDataModule, "images": ImageDataModule}
+DATA_MODULES = {
+    "text": TextDataModule,
+    "questions": TextDataModule,
+    "images": ImageDataModule,
+    "video": VideoDataModule,
+}
 
 
 def build_data_module(
     config: RunConfig, rank: int | None = None, world_size: int | None = None
-) -> TextDataModule | ImageDataModule:
+) -> TextDataModule | ImageDataModule | VideoDataModule:
     """Return the data module of the kind that a configuration names.
 
     `rank` and `world_size` default to those of torch.distributed. Raises DataError for a source of another kind, and

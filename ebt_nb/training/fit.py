@@ -30,7 +30,7 @@ from ..data.image_loaders import ImageDataModule
 from ..data.registry import build_data_module
 from ..data.text_loaders import TextDataModule
 from ..runs.addresses import find_checkpoint
-from ..runs.files import write_atomically
+from ..runs.files import format_bytes, write_atomically
 from ..runs.folders import Run
 from ..runs.metrics import MetricsFile
 from ..thinking.replay import replay_bytes
@@ -38,7 +38,7 @@ from .base import TrainingModule
 from .build import build_module, compiles_steps, get_model_kind, load_initial_weights
 from .callbacks import Console, MetricsRecorder, ProgressReporter, build_named_callbacks, quiet_lightning
 from .checkpoint_saving import CheckpointSaver, StopSignals
-from .estimate import check_cache_space, check_memory_and_disk, format_bytes
+from .estimate import check_cache_space, check_memory_and_disk
 from .profiling import LoopProfiler, ProfileReporter, build_profiler
 from ebt_nb.training.run_folder import (
     close_status,
