@@ -22,13 +22,14 @@ from jaxtyping import UInt8
 
 from ..config.data import VideoDataConfig
 from ..config.errors import suggest
-from .clips import Clip, ClipSet, EncodedClip, FileClip
+from .clips import EncodedClip, FileClip
 from .documents import TEXT_SOURCES
 from .file_content import check_and_hash_file, check_file_begin
 from .image_cache import split_by_hash
 from .image_sets import SPLITS
 from .image_sources import IMAGE_SETS, file_signatures
 from .local_files import find_local_files
+from .moving_images import EMBEDDED_CLIP_SETS, Clip, ClipSet
 from .published_clips import PUBLISHED_CLIPS
 from .rows import missing_column_message
 from ebt_nb.data.sources import (
@@ -320,7 +321,7 @@ BIG_BUCK_BUNNY = FileClipSet(
     description="5.3 seconds of an animated film (CC-BY 3.0, Blender Foundation, www.bigbuckbunny.org)",
     groups={"train": [file_clip(Path(str(ASSETS / "video/big_buck_bunny.mp4")))]},
 )
-CLIP_SETS: dict[str, ClipSet] = {BIG_BUCK_BUNNY.name: BIG_BUCK_BUNNY}
+CLIP_SETS: dict[str, ClipSet] = EMBEDDED_CLIP_SETS | {BIG_BUCK_BUNNY.name: BIG_BUCK_BUNNY}
 
 
 def find_published_set(name: str, folder: str, data: VideoDataConfig) -> ClipSet:
