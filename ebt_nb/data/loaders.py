@@ -183,8 +183,16 @@ def rank_and_world_size(rank: int | None = None, world_size: int | None = None) 
 class RowDataModule(LightningDataModule):
     """Serves rows to a run; subclasses define `rows`, `training_rows` and `fingerprint`.
 
+    unit_name: what a row is, in the plural.
+    column: entry of a batch that holds what the model sees.
+    images_per_row: how many images a row holds.
+
     `rank` and `world_size` default to those of torch.distributed.
     """
+
+    unit_name: str
+    column: str
+    images_per_row = 1
 
     def __init__(self, config: RunConfig, rank: int | None = None, world_size: int | None = None):
         super().__init__()
