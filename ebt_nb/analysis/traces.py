@@ -9,6 +9,7 @@ __all__ = ['Decode', 'token_nll', 'PredictionSteps', 'likeliest_tokens_by_step',
            'plot_losses_by_step', 'plot_learning_curves', 'loss_curves']
 
 # %% ../../nbs/analysis/01_traces.ipynb #658cece5
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ def plot_prediction_steps(steps: PredictionSteps, prompt: str = "") -> Figure:
     if steps.target is not None:
         axes[0, 0].axhline(k - 0.5, color="black", lw=0.8)
     draw_moves(axes[1, 0], steps)
-    figure.suptitle(escape_dollars(prediction_title(steps, prompt)), fontsize=10)
+    figure.suptitle(escape_dollars(textwrap.fill(prediction_title(steps, prompt), int(13 * width))), fontsize=10)
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #362a565a

@@ -193,6 +193,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words = list(argv[end + 1 :])
+    args.command_line = list(argv)
     return args
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Columns', 'EncodeFrames', 'CLIPS_PER_PART', 'DecodedClip', 'read_clip', 'FrameEncoder', 'FrameWriter', 'record_batch',
            'open_arrow_file', 'frame_cache_key', 'frame_cache_suffix', 'estimate_num_frames', 'write_frame_cache',
-           'prepare_frames', 'bytes_per_frame', 'find_clip_set', 'frame_cache_folder', 'find_frame_cache', 'ClipTable',
+           'prepare_frames', 'bytes_per_frame', 'frame_cache_folder', 'find_frame_cache', 'ClipTable',
            'open_frame_cache']
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240003
@@ -43,9 +43,10 @@ from ebt_nb.data.cache import (
 )
 from .image_rows import column_to_tensor
 from .latents import encoder_weights_hash, latents_to_half
-from .moving_images import EMBEDDED_CLIP_SETS, Clip, ClipSet
+from .moving_images import Clip, ClipSet
 from .pixels import pixels_to_float
 from .sources import DataError
+from .video_sources import find_clip_set
 from ..runs.files import write_atomically
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240006
@@ -287,11 +288,6 @@ def bytes_per_frame(config: VideoConfig) -> int:
     if config.encoder.images == "none":
         return config.frame_width
     return config.frame_width * (4 if config.data.flip else 2)
-
-
-def find_clip_set(data: VideoDataConfig) -> ClipSet:
-    "Return the set that data.source names."
-    return EMBEDDED_CLIP_SETS[data.source]
 
 
 def frame_cache_folder(config: VideoConfig) -> Path:

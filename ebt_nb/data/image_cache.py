@@ -40,7 +40,7 @@ from .sources import DataError
 
 # %% ../../nbs/data/17_image_cache.ipynb #15935e04
 def split_by_hash(
-    hashes: Int[np.ndarray, "rows"], fraction: float, held_out: list[str], name: str
+    hashes: Int[np.ndarray, "rows"], fraction: float, held_out: list[str], name: str, unit: str = "images"
 ) -> dict[str, Int[np.ndarray, "_"]]:
     """Return the row numbers of 'train' and of each split in `held_out`.
 
@@ -57,7 +57,7 @@ def split_by_hash(
         is_left &= ~parts[split]
     if not is_left.any():
         raise DataError(
-            f"{name}: {len(hashes)} images ({len(set(hashes.tolist()))} different ones) are too few to train on and to "
+            f"{name}: {len(hashes)} {unit} ({len(set(hashes.tolist()))} different ones) are too few to train on and to "
             f"hold out for {' and '.join(held_out)}; give more"
         )
     return {split: np.flatnonzero(part) for split, part in {"train": is_left, **parts}.items()}

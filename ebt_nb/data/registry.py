@@ -12,11 +12,12 @@ from ..config.kinds import RUN_KINDS, RunConfig, data_kinds
 from .documents import TEXT_SOURCES
 from .image_loaders import ImageDataModule
 from .image_sources import IMAGE_SETS
-from .moving_images import EMBEDDED_CLIP_SETS
+from .published_clips import PUBLISHED_CLIPS
 from .question_sets import QUESTION_SETS
 from .sources import DataError
 from .text_loaders import TextDataModule
 from .video_loaders import VideoDataModule
+from .video_sources import CLIP_SETS
 
 # %% ../../nbs/data/26_registry.ipynb #da200005
 DATA_MODULES = {
@@ -29,7 +30,7 @@ SOURCE_NAMES: dict[str, Container[str]] = {  # of each kind of data; paths and h
     "text": TEXT_SOURCES,
     "questions": QUESTION_SETS,
     "images": IMAGE_SETS,
-    "video": EMBEDDED_CLIP_SETS,
+    "video": [*CLIP_SETS, *PUBLISHED_CLIPS],
 }
 
 

@@ -16,9 +16,10 @@ import torch
 
 from ..config.kinds import ImageConfig, RunConfig, VideoConfig
 from ..data.cache import log_line
-from ..data.frame_cache import find_clip_set, frame_cache_folder, prepare_frames
+from ..data.frame_cache import frame_cache_folder, prepare_frames
 from ..data.latents import latent_cache_folder, prepare_latents, uses_encoder
 from ..data.registry import build_data_module
+from ..data.video_sources import find_clip_set
 from ..models.image_encoders import ImageEncoder, load_image_encoder
 from ..models.pretrained import EncoderError
 from ..models.text_encoders import load_text_encoder
