@@ -92,6 +92,7 @@ COMMAND_ORDER = (
     "evaluate",
     "encode",
     "draw",
+    "rollout",
     "bench",
     "presets",
     "runs",
