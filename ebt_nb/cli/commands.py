@@ -93,6 +93,7 @@ COMMAND_ORDER = (
     "encode",
     "draw",
     "inspect-video",
+    "rollout",
     "bench",
     "presets",
     "runs",
@@ -194,6 +195,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words = list(argv[end + 1 :])
+    args.command_line = list(argv)
     return args
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BORDER', 'PREDICTED_COLOUR', 'OBSERVED_COLOUR', 'MIN_SIDE', 'Clip', 'VIDEO_FORMATS', 'VideoFileError', 'frame_clip',
-           'stack_clips', 'make_filmstrip', 'save_video']
+           'stack_clips', 'make_filmstrip', 'save_video', 'save_picture']
 
 # %% ../../nbs/inference/17_video_files.ipynb #c9ea6556
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -82,13 +82,26 @@ def save_video(frames: UInt8[np.ndarray, "frames rows columns 3"], path: Path | 
     suffix = path.suffix.removeprefix(".").lower()
     if suffix not in VIDEO_FORMATS:
         raise VideoFileError(f"{path}: videos are written as {' or '.join(VIDEO_FORMATS)}; give a name that ends so")
+    write = _write_mp4 if suffix == "mp4" else _write_gif
+    return _write_once(path, lambda temporary: write(frames, temporary, rate))
+
+
+def save_picture(picture: UInt8[np.ndarray, "rows columns 3"], path: Path | str) -> Path:
+    "Write a picture, such as a filmstrip, as a PNG file. Raises VideoFileError as `save_video` does."
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    return _write_once(Path(path).expanduser(), lambda temporary: image.save(temporary, format="PNG"))
+
+
+def _write_once(path: Path, write: Callable[[Path], None]) -> Path:
+    "Let `write` write a new file, which has its name once it is complete. Raises VideoFileError."
     if path.exists():
         raise VideoFileError(f"{path}: exists already, and nothing is overwritten; name another file")
-    write = _write_mp4 if suffix == "mp4" else _write_gif
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp~")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(frames, temporary, rate)
+        write(temporary)
         temporary.rename(path)
     except OSError as error:  # PyAV's errors of files and codecs are of this class too
         raise VideoFileError(f"{path}: cannot be written ({error.strerror or error}); name another file") from None
