@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,87 @@ def test_every_checkpoint_of_a_run_in_one_table(home, forker, tmp_path):
     assert (folder / "report.html").read_text().count("<img") == 4  # three figures, and the main one in the summary
 
 
+SHARED = ["-p", "trainer.devices=2"]
+
+
+@pytest.fixture
+def evaluate_on_ranks(forker, home):
+    "Start `ebt evaluate` as the two ranks of a launcher: exit code, output and errors of each."
+
+    def call(*words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        files, ids = [], []
+        for rank in ("0", "1"):
+            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test")
+            files.append((home / f"out-{rank}", home / f"err-{rank}"))
+            for file in files[-1]:
+                file.write_text("")
+            out, err = files[-1]
+            words_of_rank = ["evaluate", *words, *SHARED]
+            ids.append(forker.start(*words_of_rank, cwd=home, out=out, err=err, environment=names | address))
+        codes = [forker.wait(pid) for pid in ids]
+        return [(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, files)]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ebt.ckpt", "--data", "austen", "--limit", "7"],
+        ["image_ebt.ckpt", "--limit", "5"],
+        ["dit.ckpt", "--limit", "5", "-p", "diffusion.sampling_steps=4"],
+    ],
+    ids=["text", "images", "diffusion"],
+)
+def test_ranks_share_what_one_process_evaluates(evaluate, evaluate_on_ranks, words):
+    "Rank 0 prints the figures of one process, to rounding; the other prints nothing."
+    (code, out, err), (other_code, *other_output) = evaluate_on_ranks(*words, "--json")
+    assert (code, other_code, other_output) == (0, 0, ["", ""]), err
+    found, expected = json.loads(out), evaluate(*words)
+    assert found.keys() == expected.keys()
+    assert_same_figures(found, expected)
+
+
+def assert_same_figures(found, expected):
+    "Two evaluations agree: counts and texts exactly, other numbers to rounding, apart from the time they took."
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected.keys() - {"seconds"}:
+            assert_same_figures(found[name], expected[name])
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_same_figures(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+    else:
+        assert found == expected
+
+
+def test_two_devices_answer_questions_as_one(evaluate, home):
+    "`ebt evaluate -p trainer.devices=2` starts the ranks, prints once and writes one results file."
+    words = ["ebt.ckpt", "--data", "questions.jsonl", *ALL_QUESTIONS, "--limit", 7, "--json", "--results"]
+    code, out, err = run_installed_command(home, "evaluate", *words, "by_two.jsonl", *SHARED)
+    assert (code, err) == (0, ""), err
+    assert_same_figures(json.loads(out), evaluate(*words[:-2], "--results", "by_one.jsonl"))
+    by_two, by_one = (
+        [json.loads(line) for line in (home / name).read_text().splitlines()]
+        for name in ("by_two.jsonl", "by_one.jsonl")
+    )
+    assert len(by_two) == 7
+    assert_same_figures(by_two, by_one)
+
+
+def test_an_error_of_a_rank_is_sent_once(evaluate_on_ranks, home):
+    "Ranks that fail send the error to the process that started them, and end with its exit code."
+    words = ["ebt.ckpt", "--data", "austen", "--split", "dev", "--as-rank"]
+    message = "split: 'austen' has no split 'dev'; it has train, validation, test"
+    for code, out, _err in evaluate_on_ranks(*words):
+        assert code == 2 and json.loads(out) == {"error": [message, 2]}
+
+
 def test_plain_lines(ebt):
     code, out, _err = ebt("evaluate", "transformer.ckpt", "--data", "austen", "--limit", 2)
     assert code == 0 and re.search(r"^perplexity: [\d.e+]+$", out, re.M) and "rows: 2\n" in out
@@ -257,6 +339,7 @@ def test_images_are_measured_at_chosen_levels_from_the_step_of_their_noise(evalu
         (["ebt.ckpt", "--data", "austen", "--results", "new.jsonl"], "--results: 'austen' is read as text"),
         (["ebt.ckpt", "--data", "austen", "--overwrite"], "--overwrite: replaces the file of --results"),
         (["dit.ckpt", "--results", "new.jsonl"], "--results: .*dit.ckpt holds a model of images"),
+        (["ebt.ckpt", "-p", "trainer.devices=[0, 1]"], "trainer.devices: .0, 1. names GPUs, and this run is on a CPU"),
         (["dit.ckpt", "-p", "diffusion.sampling_start=1000"], "diffusion.sampling_start: 1000 is no step"),
         (["dit.ckpt", "-p", "diffusion.evaluation_levels=[2]"], "diffusion.evaluation_levels.*: .* 2 is not"),
     ],

@@ -92,6 +92,7 @@ COMMAND_ORDER = (
     "evaluate",
     "encode",
     "draw",
+    "rollout",
     "bench",
     "presets",
     "runs",
@@ -193,6 +194,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words = list(argv[end + 1 :])
+    args.command_line = list(argv)
     return args
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['generate', 'generation_settings', 'print_completions', 'completion_values', 'EvaluationReport', 'open_results',
            'evaluate_language', 'evaluate_image_model', 'evaluate_drawing_model', 'format_metrics', 'format_value',
-           'evaluate', 'choose_figures_folder', 'save_evaluation_figures']
+           'evaluate', 'evaluate_checkpoints', 'choose_figures_folder', 'save_evaluation_figures']
 
 # %% ../../nbs/cli/06_text.ipynb #b6c1e6c9
 import argparse
@@ -229,13 +229,31 @@ def format_value(value: Any) -> str:
     ),
     argument("--results", metavar="FILE", help="write every generated answer to a question set, one a line, as JSON"),
     argument("--overwrite", action="store_true", help="replace the file of --results if it exists"),
-    settings_argument(INFERENCE_KEYS_HELP),
+    settings_argument(f"{INFERENCE_KEYS_HELP}; trainer.devices=N shares the samples among N devices"),
     runs_dir_argument(),
     json_argument(),
+    argument("--as-rank", action="store_true", help=argparse.SUPPRESS),  # one of several, started by `run_on_ranks`
 )
 def evaluate(args: argparse.Namespace) -> None:
     "Measure trained models on text, questions or noisy images; with --visualize, draw figures too."
     checkpoints = find_checkpoints(args.checkpoint, args.runs_dir)
+    if "trainer.devices" not in parse_overrides(args.settings):
+        evaluate_checkpoints(checkpoints, args)
+        return
+    from ebt_nb.inference.loading import read_inference_config
+    from ebt_nb.jobs.ranks import is_rank, join_ranks, run_on_ranks
+
+    config = read_inference_config(checkpoints[0], args.settings)
+    if is_rank(config):
+        with join_ranks(config, sends_messages=args.as_rank):
+            evaluate_checkpoints(checkpoints, args)
+        return
+    with open_results(args):  # refused before processes are started
+        run_on_ranks(config, [*args.command_line, "--as-rank"])
+
+
+def evaluate_checkpoints(checkpoints: Sequence[Path], args: argparse.Namespace) -> None:
+    "Measure trained models in this process, which may be one of several that share the samples."
     from ebt_nb.inference.loading import load_for_inference
     from ebt_nb.training.images import ImageModule
 
@@ -273,7 +291,11 @@ def choose_figures_folder(given: str, checkpoint: Path, has_several: bool) -> Pa
 def save_evaluation_figures(report: EvaluationReport, folder: Path, to_stderr: bool) -> None:
     "Draw the figures of an evaluation into a folder and print where they are."
     from ebt_nb.analysis.text_figures import save_figures
+    from ebt_nb.data.loaders import rank_and_world_size
 
-    files = save_figures(report.draw(), folder)
+    figures = report.draw()  # on all ranks: what it measures may be shared among them
+    if rank_and_world_size()[0] > 0:
+        return
+    files = save_figures(figures, folder)
     names = ", ".join(path.name for path in files)
     print(f"figures: {files[0].parent} ({names})", file=sys.stderr if to_stderr else sys.stdout)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['epoch_permutation', 'endless_order', 'return_unchanged', 'fetch_batches', 'TrainLoader', 'check_loader_state',
-           'HeldOutLoader', 'rank_and_world_size', 'RowDataModule']
+           'HeldOutLoader', 'rank_and_world_size', 'split_into_batches_for_ranks', 'map_over_ranks', 'RowDataModule']
 
 # %% ../../nbs/data/05_loaders.ipynb #08c1fb59
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -178,6 +178,33 @@ def rank_and_world_size(rank: int | None = None, world_size: int | None = None) 
     if world_size is None:
         world_size = torch.distributed.get_world_size() if is_distributed else 1
     return rank, world_size
+
+# %% ../../nbs/data/05_loaders.ipynb #f5c6f2de
+def split_into_batches_for_ranks(
+    items: Sequence | Int[np.ndarray, "items"], batch_size: int
+) -> list[Sequence | Int[np.ndarray, "batch"]]:
+    "Cut items into batches of at most `batch_size`, and smaller ones where there would be fewer batches than ranks."
+    world_size = rank_and_world_size()[1]
+    size = max(1, min(batch_size, -(-len(items) // world_size)))
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+def map_over_ranks(function: Callable[[Any], Any], items: Sequence) -> Iterator[Any]:
+    """Yield `function(item)` of each item, in order and on every rank; the ranks compute them in turn.
+
+    All ranks have to be given the same items and to take all results. Results are gathered after every round of one
+    item per rank; with several ranks they have to be picklable, and on the CPU.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        yield from map(function, items)
+        return
+    for begin in range(0, len(items), world_size):
+        in_round = items[begin : begin + world_size]
+        results = [None] * world_size
+        own = function(in_round[rank]) if rank < len(in_round) else None
+        torch.distributed.all_gather_object(results, own)
+        yield from results[: len(in_round)]
 
 # %% ../../nbs/data/05_loaders.ipynb #dc050002
 class RowDataModule(LightningDataModule):

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config.data import IGNORE_INDEX, QuestionDataConfig
+from ..data.loaders import map_over_ranks, rank_and_world_size
 from ..data.question_generators import is_valid_plan
 from ..data.question_sets import find_question_set, load_questions
 from ..data.question_tables import extract_final_answer
@@ -64,15 +65,17 @@ def measure_answers(
             f"{count:,} of {len(pairs):,} answers or choices are longer than the model's context of {data.context} "
             f"tokens (data.context), and answers are never cut; take a model with at least {longest}"
         )
-    metrics = []
-    batches = split_into_batches(range(len(pairs)), data, module)
-    for batch in track_progress(batches, label, show_progress):
+
+    def measure(batch: range) -> TokenMetrics:
         rows = [build_question_row(*pairs[i], data.context) for i in batch]
         tokens, targets = map(np.stack, zip(*rows))
         end = np.flatnonzero((targets != IGNORE_INDEX).any(0))[-1] + 1  # no later token is scored
         indices = np.array([sample_indices[i] for i in batch])
-        metrics.append(measure_batch(module, make_batch(tokens[:, : end + 1], indices, targets[:, :end])))
-    return TokenMetrics.concatenate(metrics)
+        return measure_batch(module, make_batch(tokens[:, : end + 1], indices, targets[:, :end]))
+
+    batches = split_into_batches(range(len(pairs)), data, module)
+    measured = map_over_ranks(measure, batches)
+    return TokenMetrics.concatenate(list(track_progress(measured, label, show_progress, total=len(batches))))
 
 
 def log_probability_per_row(metrics: TokenMetrics) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
@@ -153,10 +156,14 @@ def generate_answers(
         changes["energies"] = on_answer is not None
     generator = TextGenerator(module, tokenizer, generation.model_copy(update=changes))
     prompt_length, answers = data.context + 1 - max_new_tokens, []
-    batches = split_into_batches(range(len(pairs)), data, module)
-    for batch in track_progress(batches, "answering", show_progress):
+
+    def complete(batch: range) -> list[Completion]:
         prompts = [pairs[i][0][-prompt_length:] for i in batch]
-        completions = generator.complete(prompts, [sample_indices[i] for i in batch])
+        return generator.complete(prompts, [sample_indices[i] for i in batch])
+
+    batches = split_into_batches(range(len(pairs)), data, module)
+    completed = track_progress(map_over_ranks(complete, batches), "answering", show_progress, total=len(batches))
+    for batch, completions in zip(batches, completed):
         answers += [completion.text for completion in completions]
         if on_answer is not None:
             for i, completion in zip(batch, completions):
@@ -177,7 +184,7 @@ def score_generated_answers(questions: Sequence[Question], generated: Sequence[s
 
 # %% ../../nbs/inference/07_evaluate_questions.ipynb #3a8adbfb
 class ResultsFile:
-    """A JSON Lines file of generated answers, written line by line; `values` are in each line.
+    """A JSON Lines file of generated answers, written line by line, by rank 0; `values` are in each line.
 
     Raises EvaluationError if the file exists (unless `overwrite`), has no folder or cannot be written.
     """
@@ -196,6 +203,8 @@ class ResultsFile:
 
     def write(self, index: int, question: Question, completion: Completion) -> None:
         "Write the line of a question and its generated answer; energy and log-probability are means over tokens."
+        if rank_and_world_size()[0] > 0:
+            return
         line = self.values | dict(index=index, task=question.task, question=question.prompt)
         line |= dict(generation=completion.text, truth=question.answer)
         if question.other_answers:

@@ -10,7 +10,7 @@ __all__ = ['EvaluationError', 'Evaluation', 'summarise_metrics', 'mean_over_toke
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..config.data import LanguageDataConfig, QuestionDataConfig, TextDataConfig
 from ..config.errors import WorkbenchError
 from ..data.cache import log_line
 from ..data.documents import TEXT_SOURCES, find_text_source
-from ..data.loaders import epoch_permutation
+from ..data.loaders import epoch_permutation, map_over_ranks, split_into_batches_for_ranks
 from ..data.packing import count_characters_and_targets
 from ..data.question_sets import is_question_set
 from ..data.text_loaders import PackedRows, TextDataModule
@@ -148,15 +148,18 @@ def summarise_thinking(module: LanguageModule, metrics: TokenMetrics) -> dict[st
     return values
 
 # %% ../../nbs/inference/06_evaluate_text.ipynb #31ede2c7
-def track_progress(items: Sequence, label: str, show_progress: bool = True, interval_seconds: float = 30.0) -> Iterator:
-    "Yield the items, and report on standard error how many are done."
+def track_progress(
+    items: Iterable, label: str, show_progress: bool = True, interval_seconds: float = 30.0, total: int | None = None
+) -> Iterator:
+    "Yield the items, `total` of them (by default their length), and report on standard error how many are done."
+    total = len(items) if total is None else total
     if show_progress and sys.stderr.isatty():
-        yield from track(items, label, console=Console(stderr=True), transient=True)
+        yield from track(items, label, total, console=Console(stderr=True), transient=True)
         return
     last_report = time.monotonic()
     for done, item in enumerate(items):
         if show_progress and time.monotonic() - last_report >= interval_seconds:
-            log_line(f"{label}: {done:,} of {len(items):,}")
+            log_line(f"{label}: {done:,} of {total:,}")
             last_report = time.monotonic()
         yield item
 
@@ -203,7 +206,7 @@ def split_into_batches(items: Sequence, data: LanguageDataConfig, module: Langua
     "Cut items into batches of `data.batch_size`; several samples of a position count as so many rows."
     samples = 1 if module.descent is None else module.descent.inference.samples
     size = max(1, data.batch_size // samples)
-    return [items[begin : begin + size] for begin in range(0, len(items), size)]
+    return split_into_batches_for_ranks(items, size)
 
 # %% ../../nbs/inference/06_evaluate_text.ipynb #2a9462a3
 def evaluate_text(
@@ -222,9 +225,12 @@ def evaluate_text(
     check_split(split, list(text.splits), data.source)
     rows = text.splits[split]
     selected = select_row_indices(len(rows), limit)
-    metrics = []
     batches = split_into_batches(selected, data, module)
-    for indices in track_progress(batches, f"reading {data.source}", show_progress):
-        metrics.append(measure_batch(module, PackedRows(rows)[np.array(indices)]))
+
+    def measure(indices: list[int]) -> TokenMetrics:
+        return measure_batch(module, PackedRows(rows)[np.array(indices)])
+
+    measured = map_over_ranks(measure, batches)
+    metrics = list(track_progress(measured, f"reading {data.source}", show_progress, total=len(batches)))
     characters = count_characters_and_targets(rows.select(selected), tokenizer)[0]
     return summarise_metrics(module, TokenMetrics.concatenate(metrics), characters)

@@ -10,14 +10,16 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from ..compute.matmul import fast_matmul
-from .restore import held_out_batches
+from ..data.loaders import map_over_ranks
+from .restore import select_held_out_rows
 from ..training.base import Batch
 from ..training.images import EnergyImageModule, ImageModule
 
@@ -52,13 +54,13 @@ class ImageLosses:
 
 
 def measure_image_batch(module: ImageModule, batch: Batch) -> dict[str, Float[Tensor, "..."]]:
-    "Return the losses of a batch: `step_losses` [steps] and, of an energy model, `l1` and `mse_raw`."
+    "Return the losses of a batch, on the CPU: `step_losses` [steps] and, of an energy model, `l1` and `mse_raw`."
     output = module.compute_objective(batch)
     values = dict(step_losses=torch.stack(output.step_losses))
     if isinstance(module, EnergyImageModule):
         error = output.trace.prediction - batch["image"].flatten(1)
         values |= dict(l1=error.abs().mean(), mse_raw=error.square().mean())
-    return values
+    return {name: value.cpu() for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -73,16 +75,19 @@ def evaluate_image_losses(
 
     Raises DataError for data that cannot be used, RestoreError for a limit below 1.
     """
-    begin, sums, num_images = time.perf_counter(), {}, 0
-    batches = list(held_out_batches(module, source, split, limit))
-    console = Console(stderr=True)
-    tracked = track(batches, "measuring", console=console, transient=True, disable=not show_progress)
+    begin, sums = time.perf_counter(), {}
+    images, batches = select_held_out_rows(module, source, split, limit)
+
+    def measure(numbers: Int[np.ndarray, "batch"]) -> dict[str, Float[Tensor, "..."]]:
+        return measure_image_batch(module, module.move_batch(images[numbers]))
+
+    console, measured = Console(stderr=True), map_over_ranks(measure, batches)
+    tracked = track(measured, "measuring", len(batches), console=console, transient=True, disable=not show_progress)
     with fast_matmul(module.config.trainer.fast_matmul, module.device.type):
-        for batch in tracked:
-            count = len(batch["index"])
-            num_images += count
-            for name, value in measure_image_batch(module, batch).items():
-                sums[name] = sums.get(name, 0) + count * value.double()
+        for numbers, values in zip(batches, tracked):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + len(numbers) * value.double()
+    num_images = sum(map(len, batches))
     means = {name: (value / num_images).tolist() for name, value in sums.items()}
     seconds = time.perf_counter() - begin
     source = source or module.config.data.source

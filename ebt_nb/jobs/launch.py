@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TORCHRUN_COMMAND', 'RANK_COMMAND', 'build_launcher_command', 'override_arguments', 'forward_signals', 'launch',
-           'check_outcome', 'find_run_of_this_job']
+           'start_processes', 'check_outcome', 'find_run_of_this_job']
 
 # %% ../../nbs/jobs/04_launch.ipynb #99ba8984
 import contextlib
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
@@ -156,26 +156,26 @@ def launch(
 
 def _start_ranks(command: list[str], run: Run, config: RunConfig, resume: bool | str) -> subprocess.Popen:
     "Start the ranks of a run; their standard error goes to process.log."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # torchrun's defaults: one thread for each rank, and half a minute to save a checkpoint
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // count_devices(config.trainer))),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
-        "PYTHONUNBUFFERED": "1",
-    }
     arguments = ["--resume", str(run.dir)]
     if isinstance(resume, str):
         arguments += ["--checkpoint", resume]
     arguments += override_arguments(run.config, config)
     with open(run.dir / "process.log", "a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [*command, *RANK_COMMAND, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=defaults | os.environ,
-            start_new_session=True,
-        )
+        return start_processes([*command, *RANK_COMMAND, *arguments], count_devices(config.trainer), log)
+
+
+def start_processes(command: list[str], devices: int, log: TextIO) -> subprocess.Popen:
+    "Start a launcher's command for `devices` ranks, whose standard error goes to `log`; output can be read from it."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # torchrun's defaults: one thread for each rank, and half a minute to save a checkpoint
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // devices)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, text=True, env=defaults | os.environ, start_new_session=True
+    )
 
 # %% ../../nbs/jobs/04_launch.ipynb #8683b039
 def check_outcome(run: Run, exit_code: int, received: list[str]) -> Run:
