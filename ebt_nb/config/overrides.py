@@ -24,8 +24,8 @@ from .errors import ConfigError, suggest
 from .kinds import SECTION_ORDER, RunConfig, config_fields, section_fields
 from .models import SIZES, shape_of_size
 from .presets import PRESETS, convert_tree
-from .video_presets import VIDEO_PRESETS
 from .validation import check_format, describe_problem, explain_unknown_key, validate_config
+from .video_presets import VIDEO_PRESETS
 
 # %% ../../nbs/config/09_overrides.ipynb #90dbec76
 class PlainScalar(str):

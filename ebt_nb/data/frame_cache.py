@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Columns', 'EncodeFrames', 'CLIPS_PER_PART', 'DecodedClip', 'read_clip', 'FrameEncoder', 'FrameWriter', 'record_batch',
            'open_arrow_file', 'frame_cache_key', 'frame_cache_suffix', 'estimate_num_frames', 'write_frame_cache',
-           'prepare_frames', 'bytes_per_frame', 'find_clip_set', 'find_frame_cache', 'ClipTable', 'open_frame_cache']
+           'prepare_frames', 'bytes_per_frame', 'find_frame_cache', 'ClipTable', 'open_frame_cache']
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240003
 import json
@@ -42,7 +42,7 @@ from ebt_nb.data.cache import (
 )
 from .image_rows import column_to_tensor
 from .latents import encoder_weights_hash, latents_to_half
-from .moving_images import EMBEDDED_CLIP_SETS, Clip, ClipSet
+from .moving_images import Clip, ClipSet
 from .pixels import pixels_to_float
 from .sources import DataError
 from ..runs.files import write_atomically
@@ -286,11 +286,6 @@ def bytes_per_frame(config: VideoConfig) -> int:
     if config.encoder.images == "none":
         return config.frame_width
     return config.frame_width * (4 if config.data.flip else 2)
-
-
-def find_clip_set(data: VideoDataConfig) -> ClipSet:
-    "Return the set that data.source names."
-    return EMBEDDED_CLIP_SETS[data.source]
 
 
 def find_frame_cache(config: VideoConfig, clip_set: ClipSet) -> Path:

@@ -128,6 +128,7 @@ def write_clip(
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.time_base = Fraction(1, 100)
         stream.codec_context.gop_size = 12
+        stream.codec_context.thread_count = 1  # the same bytes on every machine
         for pixels, time in zip(frames, times, strict=True):
             picture = pixels.transpose(1, 2, 0) if channels == 3 else pixels[0]
             frame = av.VideoFrame.from_ndarray(
@@ -179,10 +180,11 @@ def declared_seconds(stream: Any) -> float | None:
 
 
 def check_length(timeline: Timeline, stream: Any) -> None:
-    "Raise ValueError if a video ends well before the length that its file declares."
+    "Raise ValueError if a video ends well before the length that its file declares, from its start or from time 0."
     declared = declared_seconds(stream)
-    if declared and declared - timeline.seconds > max(0.5, 0.05 * declared):
-        raise ValueError(f"truncated: it ends after {timeline.seconds:.2f} of {declared:.2f} s")
+    found = max(timeline.seconds, timeline.end * timeline.tick_seconds)
+    if declared and declared - found > max(0.5, 0.05 * declared):
+        raise ValueError(f"truncated: it ends after {found:.2f} of {declared:.2f} s")
 
 
 def read_packet_times(container: Any, stream: Any) -> Timeline | None:

@@ -21,7 +21,6 @@ from ..config.kinds import VideoConfig
 from .cache import log_line, read_prepared_info, unreadable_message
 from ebt_nb.data.frame_cache import (
     ClipTable,
-    find_clip_set,
     find_frame_cache,
     open_frame_cache,
     prepare_frames,
@@ -31,6 +30,7 @@ from .loaders import RowDataModule
 from .moving_images import Clip
 from .pixels import pixels_to_float
 from .sources import DataError
+from .video_sources import find_clip_set
 
 # %% ../../nbs/data/25_video_loaders.ipynb #dc250006
 class ClipRows(torch.utils.data.Dataset):
