@@ -52,9 +52,16 @@ def load_video_modules(args: argparse.Namespace) -> dict[str, "VideoModule"]:
 
 # %% ../../nbs/cli/08_rollout.ipynb #7fa10c70
 def choose_video_files(args: argparse.Namespace) -> list[Path]:
-    "Return the files of clips to write; none without --output. Raises WorkbenchError where one of them exists."
+    """Return the files of clips to write; none without --output.
+
+    Raises WorkbenchError where one of them exists, or the format cannot be written here.
+    """
     if args.output is None:
         return []
+    if args.format == "mp4":
+        from ebt_nb.inference.video_files import find_mp4_codec
+
+        find_mp4_codec()
     folder = Path(args.output).expanduser()
     files = [folder / f"clip_{number}.{args.format}" for number in range(1, args.clips + 1)]
     for path in (name for file in files for name in (file, file.with_suffix(".png"))):
