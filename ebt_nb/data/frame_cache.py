@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Columns', 'EncodeFrames', 'CLIPS_PER_PART', 'DecodedClip', 'read_clip', 'FrameEncoder', 'FrameWriter', 'record_batch',
            'open_arrow_file', 'frame_cache_key', 'frame_cache_suffix', 'estimate_num_frames', 'write_frame_cache',
-           'prepare_frames', 'bytes_per_frame', 'find_frame_cache', 'ClipTable', 'open_frame_cache']
+           'prepare_frames', 'bytes_per_frame', 'frame_cache_folder', 'find_frame_cache', 'ClipTable',
+           'open_frame_cache']
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240003
 import json
@@ -45,6 +46,7 @@ from .latents import encoder_weights_hash, latents_to_half
 from .moving_images import Clip, ClipSet
 from .pixels import pixels_to_float
 from .sources import DataError
+from .video_sources import find_clip_set
 from ..runs.files import write_atomically
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240006
@@ -288,13 +290,22 @@ def bytes_per_frame(config: VideoConfig) -> int:
     return config.frame_width * (4 if config.data.flip else 2)
 
 
-def find_frame_cache(config: VideoConfig, clip_set: ClipSet) -> Path:
+def frame_cache_folder(config: VideoConfig) -> Path:
+    """Return the folder of this configuration's frames, whether it exists or not.
+
+    Raises DataError if data.source cannot be found.
+    """
+    clip_set = find_clip_set(config.data)
+    key, suffix = frame_cache_key(config), frame_cache_suffix(config)
+    return cache_folder(config.data, clip_set.name, key, clip_set.content_hash, suffix)
+
+
+def find_frame_cache(config: VideoConfig) -> Path:
     """Return the folder of this configuration's latents.
 
     Raises DataError, which names the command that makes them, if it does not exist.
     """
-    key, suffix = frame_cache_key(config), frame_cache_suffix(config)
-    folder = cache_folder(config.data, clip_set.name, key, clip_set.content_hash, suffix)
+    folder = frame_cache_folder(config)
     if folder.is_dir():
         return folder
     raise DataError(

@@ -172,6 +172,11 @@ class DINOv2Encoder(ImageEncoder):
         self.latent_shape(images.shape[-1])
         return self.token_vectors(images.expand(-1, 3, -1, -1))[-1][:, 0]
 
+    @torch.no_grad()
+    def summarize(self, images: Float[Tensor, "batch colours size size"]) -> Float[Tensor, "batch channels 1 1"]:
+        "Return `features` times `scale`, in the shape of latents of one row and one column."
+        return self.scale * self.features(images)[:, :, None, None]
+
 # %% ../../nbs/models/14_image_encoders.ipynb #b349bdd6
 IMAGE_ENCODERS = {"small_vae": SmallVAEEncoder, "vae": AutoencoderKLEncoder, "dinov2": DINOv2Encoder}
 
