@@ -156,11 +156,10 @@ def test_training_survives_bad_files(folder, tmp_path, forker, decode):
     "Also a file that is damaged after it was found to be good, and is read while training."
     clips = tmp_path / "clips"
     shutil.copytree(folder, clips / "train", ignore=shutil.ignore_patterns("old.avi", "web.webm"))
-    (clips / "validation").mkdir()
-    for name in ("old.avi", "web.webm"):
-        shutil.copy(folder / name, clips / "validation" / name)
+    for split, name in dict(validation="old.avi", test="web.webm").items():
+        (clips / split).mkdir()
+        shutil.copy(folder / name, clips / split / name)
     options = dict(source=clips, cache_dir=tmp_path / "cache", decode=decode, batch_size=2)
-    options |= dict(validation_fraction=0.15)  # more than the one clip that is too short
     options |= dict(trainer__max_steps=2, trainer__val_every=2)
     code, _out, err = forker.run("prepare", "--preset", "video/quickstart", *settings(**options))
     assert code == 0, err
