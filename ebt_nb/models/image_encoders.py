@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config.data import EncoderConfig
+from ..config.data import ImageEncoderConfig
 from ..config.errors import suggest
 from .pretrained import EncoderError, load_pretrained, network_fingerprint
 from .small_vae import ResidualBlock, SmallVAE, load_small_vae
@@ -186,7 +186,7 @@ def find_encoder_class(name: str) -> type[ImageEncoder]:
     return IMAGE_ENCODERS[_parse_encoder_name(name)[0]]
 
 
-def load_image_encoder(config: EncoderConfig) -> ImageEncoder:
+def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     """Return the encoder that config.images names, with the latents that the configuration expects.
 
     Raises EncoderError for an unknown name, missing weights, or latents of another shape than the configuration says.
