@@ -323,6 +323,11 @@ class EnergyVideoConfig(VideoConfig):
                 "objective.start_weight: a start is a prediction only with thinking.rule=embedding and "
                 "thinking.start=hidden; leave it out"
             )
+        if self.model.init != "calibrated" and thinking.rule == "embedding":
+            raise ValueError(
+                "model.init: the published start is one of candidates that are frames; set model.init=calibrated, or "
+                "thinking.rule=frame"
+            )
         if self.model.energy == "reconstruction" and thinking.guess == "none":
             raise ValueError(
                 "model.energy: a reconstruction energy reads what the observed stream expects; "

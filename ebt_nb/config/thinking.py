@@ -261,6 +261,12 @@ class VideoObjectiveConfig(FrameLossConfig, ImageObjectiveConfig):
         ge=0,
         description="weight of the loss of the start, read out as a frame; needs thinking.start=hidden",
     )
+    loss_prediction: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the Huber distance between the energy before the last step and the loss after it, "
+        "which makes the energy a judge; 0 is off",
+    )
 
 
 class ObjectiveConfig(CrossEntropyConfig, ImageObjectiveConfig):

@@ -107,9 +107,7 @@ def video_quickstart(size: str = "4xs") -> RunConfig:
 
     With model.kind=video_transformer it is the baseline.
     """
-    recipe = guess_recipe(size)
-    recipe["objective"] = {key: value for key, value in recipe["objective"].items() if key != "loss_prediction"}
-    return preset_variant(video_quickstart_s1(size), run=dict(name="video/quickstart"), **recipe)
+    return preset_variant(video_quickstart_s1(size), run=dict(name="video/quickstart"), **guess_recipe(size))
 
 # %% ../../nbs/config/08_video_presets.ipynb #0ee3b51f
 VIDEO_PRESETS: dict[str, Callable[..., RunConfig]] = {

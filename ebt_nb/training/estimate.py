@@ -123,15 +123,18 @@ def estimate_step_memory(config: RunConfig, device: str = "cpu") -> int:
     if t.activation_checkpointing:
         blocks = model.layers * model.width + block
     if not config.is_energy_model:
-        logits = 6 * min(batch_size * positions, 1024) * values  # computed in chunks
-        return 4 * batch_size * positions * blocks + logits
+        outputs = 24 * batch_size * positions * values
+        if kind.supports_row_chunks:
+            outputs = 6 * min(batch_size * positions, 1024) * values  # computed in chunks
+        return 4 * batch_size * positions * blocks + outputs
     row = positions * (blocks + values)
     rows = batch_size
     if kind.supports_row_chunks:
         default = rows if device == "cuda" else max(1, 100_000_000 // row)
         rows = min(rows, t.rows_per_chunk or default)
     thinking, steps_kept = config.thinking, 1
-    if not (thinking.detach or thinking.truncate):
+    is_flushed = thinking.detach and kind.supports_row_chunks  # what a step kept is freed before the next
+    if not (is_flushed or thinking.truncate):
         steps_kept = thinking.steps * thinking.visits_max
     return 4 * rows * row * 3 * steps_kept + 4 * positions * values * (batch_size - rows)
 

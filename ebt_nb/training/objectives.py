@@ -133,18 +133,20 @@ def regression_objective(
     steps: Literal["mean", "last"],
     schedule: list[int] | None = None,
     start: Float[Tensor, "*batch candidate"] | None = None,
-    distance: Callable[[Tensor, Tensor], Tensor] = F.smooth_l1_loss,
+    distance: Callable[..., Tensor] = F.smooth_l1_loss,
     read_out: Callable[[Tensor], Tensor] = lambda candidate: candidate,
     start_weight: float = 0.0,
+    loss_prediction: float = 0.0,
     differentiable: bool = True,
     keep_candidates: KeepCandidates = "none",
 ) -> ObjectiveOutput:
     """Descend from `start` (by default one that the space draws) and compare what is read out with the truth.
 
     `rng` [*batch] decides the start, noise and random step sizes; `schedule` holds the landscape of each step. The loss
-    is the `distance` after all `steps` or the last, plus `start_weight` times that of the start. If not
-    `differentiable` the prediction is that outside training, of several samples if the descent says so. The trace has
-    the candidates named by `keep_candidates`.
+    is the `distance` after all `steps` or the last, plus `start_weight` times that of the start, plus `loss_prediction`
+    times the Huber distance of the energy before the last step from the loss after it. If not `differentiable` the
+    prediction is that outside training, of several samples if the descent says so. The trace has the candidates named
+    by `keep_candidates`.
     """
     schedule = descent.draw_schedule() if schedule is None else schedule
     if differentiable:
@@ -156,10 +158,16 @@ def regression_objective(
     loss = torch.stack(losses).mean() if steps == "mean" else losses[-1]
     if start_weight:
         loss = loss + start_weight * distance(read_out(trace.candidates[0]), truth)
+    terms = {}
+    if loss_prediction:
+        last_losses = distance(read_out(trace.prediction.detach()), truth, reduction="none").mean(-1)
+        terms["loss_prediction"] = F.smooth_l1_loss(trace.energies[-1], last_losses.detach())
+        loss = loss + loss_prediction * terms["loss_prediction"]
     trace = trace.detach()
     if keep_candidates != "all":
         trace.candidates = trace.candidates[-1:] if keep_candidates == "last" else []
-    return ObjectiveOutput(loss, [step_loss.detach() for step_loss in losses], trace)
+    step_losses = [step_loss.detach() for step_loss in losses]
+    return ObjectiveOutput(loss, step_losses, trace, {name: term.detach() for name, term in terms.items()})
 
 # %% ../../nbs/training/02_objectives.ipynb #c68af159
 @torch.no_grad()

@@ -96,7 +96,7 @@ def calibrate_video_energy_head(
     return std
 
 # %% ../../nbs/training/10_video.ipynb #0d27bc91
-FRAME_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
+FRAME_DISTANCES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
 
 
 class NextFrames(NamedTuple):
@@ -234,6 +234,7 @@ class EnergyVideoModule(EnergyTrainingModule, VideoModule):
             distance=FRAME_DISTANCES[objective.loss],
             read_out=space.frames,
             start_weight=objective.start_weight,
+            loss_prediction=objective.loss_prediction,
             **options,
         )
 
