@@ -104,10 +104,14 @@ class ClipRows(torch.utils.data.Dataset):
     def decode_window(self, row: int, start: int, crop: float) -> Shaped[Tensor, "frames numbers"]:
         "Decode a clip and return its window; in place of one that cannot be decoded, that of the next."
         for number in range(row, row + len(self)):
-            clip = self.clips[self.table.numbers[number % len(self)]]
+            number %= len(self)
+            clip, expected = (
+                self.clips[self.table.numbers[number]],
+                min(self.window, self.table.lengths[number] - start),
+            )
             try:
                 frames = clip.read_frames(self.data, start, self.window, crop)
-                if len(frames) < self.window:  # the number of frames was an estimate, or the clip is short
+                if len(frames) < expected:  # the number of frames was an estimate
                     frames = clip.read_frames(self.data, crop=crop)[-self.window :]
                 if len(frames):
                     return torch.from_numpy(frames).flatten(1)
@@ -117,6 +121,7 @@ class ClipRows(torch.utils.data.Dataset):
             if self.data.unreadable == "refuse":
                 raise DataError(unreadable_message(reason))
             _log_once(f"{reason}; another clip takes its place")
+            start = 0
         raise DataError(f"data.source: {self.data.source!r} holds no clip that can be decoded")
 
 

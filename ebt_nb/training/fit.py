@@ -101,7 +101,8 @@ def prepare_training(
 def count_parameters(model: nn.Module) -> dict[str, int]:
     "Return the number of parameters, of the whole model and without token tables and output head."
     names = ("embedding", "candidate_embedding", "output_head")
-    tables = {id(module.weight) for name, module in model.named_modules() if name in names}
+    modules = [module for name, module in model.named_modules() if name in names]
+    tables = {id(module.weight) for module in modules if not isinstance(module, nn.Identity)}
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
         parameters_without_embeddings=sum(p.numel() for p in model.parameters() if id(p) not in tables),
