@@ -21,10 +21,11 @@ import ebt_nb.cli.rollout as rollout
 import ebt_nb.cli.runs as runs
 import ebt_nb.cli.text as text
 import ebt_nb.cli.training as training
+import ebt_nb.cli.video as video
 from .commands import provide_home, run_command
 
 # %% ../../nbs/cli/11_main.ipynb #029c7828
-COMMAND_MODULES = (jobs, training, text, images, rollout, bench, presets, runs, remote)
+COMMAND_MODULES = (jobs, training, text, images, video, rollout, bench, presets, runs, remote)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

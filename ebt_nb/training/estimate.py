@@ -18,8 +18,7 @@ from ..config.errors import ConfigError
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import override_config
 from ..config.update_size import count_devices, count_processes
-from ..data.image_loaders import ImageDataModule
-from ..data.text_loaders import TextDataModule
+from ..data.registry import DataModule
 from ..runs.files import format_bytes, free_disk
 from ..thinking.replay import replay_bytes
 from .build import get_model_kind
@@ -208,7 +207,7 @@ def match_parameter_count(config: RunConfig, parameters: int) -> RunConfig:
     return with_ffn_width(1 + round((parameters - smallest) / (second - smallest)))
 
 # %% ../../nbs/training/16_estimate.ipynb #e995af77
-def check_cache_space(data: TextDataModule | ImageDataModule) -> str | None:
+def check_cache_space(data: DataModule) -> str | None:
     """Return a line about the disk space that preparing a corpus takes; None where that is little.
 
     Raises ConfigError when `data.cache_dir` has too little space.

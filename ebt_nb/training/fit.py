@@ -26,9 +26,7 @@ from ..config.metrics import check_metric, is_higher_better
 from ..config.overrides import override_config
 from ..config.update_size import batches_per_update, count_processes, samples_per_update
 from ..data.cache import log_line
-from ..data.image_loaders import ImageDataModule
-from ..data.registry import build_data_module
-from ..data.text_loaders import TextDataModule
+from ..data.registry import DataModule, build_data_module
 from ..runs.addresses import find_checkpoint
 from ..runs.files import format_bytes, write_atomically
 from ..runs.folders import Run
@@ -65,7 +63,7 @@ from ebt_nb.training.trainer import (
 # %% ../../nbs/training/21_fit.ipynb #e803a859
 def prepare_training(
     config: RunConfig, single_process: bool = False
-) -> tuple[pl.Trainer, TextDataModule | ImageDataModule, list[pl.Callback]]:
+) -> tuple[pl.Trainer, DataModule, list[pl.Callback]]:
     """Return a trainer, prepared data and the named callbacks, before a run folder is made.
 
     With `single_process` the trainer has one process and the devices of the configuration are only checked: for a
@@ -194,7 +192,7 @@ def run_training(
     run: Run,
     config: RunConfig,
     module: TrainingModule,
-    data: TextDataModule | ImageDataModule,
+    data: DataModule,
     callbacks: Sequence[pl.Callback],
     checkpoint: Path | None,
     step: int,
