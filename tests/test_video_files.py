@@ -4,6 +4,7 @@ Truncated, empty, mute, turned and odd ones: each is named, counted, and left ou
 """
 
 import json
+import os
 import shutil
 import struct
 from fractions import Fraction
@@ -152,15 +153,25 @@ def test_preparation_leaves_out_or_refuses(folder, tmp_path, forker):
 
 @pytest.mark.parametrize("decode", ["once", "on_the_fly"])
 def test_training_survives_bad_files(folder, tmp_path, forker, decode):
-    clips = shutil.copytree(folder, tmp_path / "clips")
-    options = dict(source=clips, cache_dir=tmp_path / "cache", validation_fraction=0.15, decode=decode, batch_size=2)
-    options |= dict(trainer__max_steps=2, trainer__val_check_interval=2)
-    code, out, err = forker.run("prepare", "--preset", "video/quickstart", *settings(**options))
+    "Also a file that is damaged after it was found to be good, and is read while training."
+    clips = tmp_path / "clips"
+    shutil.copytree(folder, clips / "train", ignore=shutil.ignore_patterns("old.avi", "web.webm"))
+    for split, name in dict(validation="old.avi", test="web.webm").items():
+        (clips / split).mkdir()
+        shutil.copy(folder / name, clips / split / name)
+    options = dict(source=clips, cache_dir=tmp_path / "cache", decode=decode, batch_size=2)
+    options |= dict(trainer__max_steps=2, trainer__val_every=2)
+    code, _out, err = forker.run("prepare", "--preset", "video/quickstart", *settings(**options))
     assert code == 0, err
-    words = ["train", "--preset", "video/quickstart", "--runs-dir", tmp_path / "runs"]
-    code, out, err = forker.run(*words, *settings(**options))
+    damaged = clips / "train/fast.mp4"
+    content, status = bytearray(damaged.read_bytes()), damaged.stat()
+    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that it is not prepared anew
+    words = settings(**options, run__runs_dir=tmp_path / "runs")
+    code, out, err = forker.run("train", "--preset", "video/quickstart", *words)
     assert code == 0 and "Traceback" not in err, err
-    assert "cannot be read" in err + out or decode == "once"
+    assert ("fast.mp4: damaged" in err + out) == (decode == "on_the_fly"), err
 
 
 def test_without_pyav_the_remedy_is_named(folder, tmp_path, forker):

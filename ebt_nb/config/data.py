@@ -104,7 +104,9 @@ class DataConfig(Section):
     validation_fraction: float = Field(
         0.01, gt=0, lt=0.5, description="taken from the end of a source that has no validation split of its own"
     )
-    max_documents: int | None = Field(None, ge=1, description="read at most this many documents, questions or images")
+    max_documents: int | None = Field(
+        None, ge=1, description="read at most this many documents, questions, images or clips"
+    )
     cache_dir: Path = Field(Path("~/.cache/ebt_workbench"), description="folder for tokenised, packed or encoded data")
 
     @model_validator(mode="after")

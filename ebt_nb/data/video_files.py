@@ -80,7 +80,7 @@ def open_container(content: Path | bytes, name: str) -> Any:
         raise ClipError(f"{name}: {LFS_MESSAGE}")
     try:
         source = io.BytesIO(content) if isinstance(content, bytes) else str(content)
-        return av.open(source, metadata_errors="ignore")
+        return av.open(source, metadata_errors="ignore", options={"protocol_whitelist": "file"})  # never the network
     except av.error.FFmpegError:
         is_mp4 = begin[4:8] == b"ftyp"
         reason = "an MP4 file without its index (moov), truncated or never finished" if is_mp4 else "no known video"
@@ -123,7 +123,8 @@ def write_clip(
     av = import_av()
     channels, height, width = frames.shape[1:]
     source = target if not isinstance(target, Path) else str(target)
-    with av.open(source, "w", format=format, options=options) as container:
+    reproducible = {"fflags": "+bitexact"}  # no random identifiers
+    with av.open(source, "w", format=format, options=reproducible | options) as container:
         stream = container.add_stream(codec, rate=100, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.time_base = Fraction(1, 100)
