@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import ebt_nb.cli.main  # noqa: F401  registers the commands
+from ebt_nb.cli.commands import parse_arguments
 from ebt_nb.config.overrides import build_config
 from ebt_nb.data.question_sets import QUESTION_SETS
 from ebt_nb.inference.loading import override_inference_config
@@ -228,3 +230,48 @@ def test_published_settings_of_images_are_accepted(checkout, script, preset):
     changed = override_inference_config(config, settings)
     assert changed.diffusion.evaluation_levels == [0.2]
     assert preset == "image_ebt" or (changed.diffusion.first_step(0.2), changed.diffusion.recursion) == (199, 3)
+
+
+VIDEO_PRETRAINING = {
+    "ebt_s1": "video/ebt_s1",
+    "ebt_s2": "video/ebt_s2",
+    "baseline_transformer": "video/transformer",
+    "dinov2_ebt_s1": "video/dinov2_ebt_s1",
+    "dinov2_baseline_transformer": "video/dinov2_transformer",
+}
+
+
+@pytest.mark.parametrize("script, preset", VIDEO_PRETRAINING.items())
+def test_video_is_encoded_and_trained_with_the_same_settings(checkout, script, preset):
+    words = ["-p", "data.source=/some clips", "-p", "model.size=xs"]
+    done = checkout(f"vid/pretrain/{script}", *words)
+    passed_on = "|".join(["--preset", preset, *words])
+    assert done.returncode == 0 and done.stdout == f"encode|{passed_on}|train|{passed_on}|", done.stderr
+    config = build_config(preset, words[1::2])
+    assert config.run.name == preset and config.data.kind == "video" and config.encoder.images != "none"
+
+
+@pytest.mark.parametrize(
+    "script, preset, data",
+    [
+        ("rollout", "video/ebt_s1", None),
+        ("ssv2", "video/ebt_s1", "something-something-v2"),
+        ("k400", "video/ebt_s1", "kinetics-400"),
+        ("ssv2_best_of_4", "video/ebt_s2", "something-something-v2"),
+    ],
+)
+def test_rollouts_are_of_encoded_clips(checkout, script, preset, data):
+    "Clips of another source are encoded as the model's; words and settings are those that `ebt rollout` takes."
+    done = checkout(f"vid/inference/{script}", "--limit", "3")
+    *encoded, rolled_out = done.stdout.split("rollout|")
+    words = rolled_out.rstrip("|").split("|")
+    assert done.returncode == 0 and words[0] == f"{preset}:best" and words[-2:] == ["--limit", "3"], done.stderr
+    expected = "" if data is None else f"encode|--preset|{preset}|-p|data.source={data}|"
+    assert "".join(encoded) == expected
+    args = parse_arguments(["rollout", *words])
+    assert (args.data, args.condition, args.frames, args.limit) == (data, 4, 12, 3)
+    changed = override_inference_config(build_config(preset), args.settings)
+    assert changed.inference.samples == (4 if script == "ssv2_best_of_4" else 1)
+    named = checkout(f"vid/inference/{script}", "a run:best", DATA="/clips", PRESET="video/transformer").stdout
+    assert "rollout|a run:best|" in named and (data is None or "|--data|/clips|" in named)
+    assert data is None or named.startswith("encode|--preset|video/transformer|-p|data.source=/clips|")

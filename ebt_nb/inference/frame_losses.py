@@ -83,7 +83,7 @@ def evaluate_frame_losses(
     Raises DataError for data that cannot be used, RolloutError for a limit below 1.
     """
     begin = time.perf_counter()
-    clips, batches = select_held_out_clips(module.config, module.config.data.context + 1, source, split, limit)
+    clips, batches = select_held_out_clips(module.config, None, source, split, limit)
     with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul, module.device.type):
         steps = [] if module.descent is None else steps_to_measure(module.descent, MEASURED_STEPS)
         configured = len(module.descent.draw_schedule()) if steps else 0

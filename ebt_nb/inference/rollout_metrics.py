@@ -38,6 +38,7 @@ from ebt_nb.inference.frame_metrics import (
 )
 from .rollout import Rollout, RolloutError, can_show, find_decoder, frames_to_images, rollout
 from ..models.image_encoders import ImageEncoder, read_image_encoder
+from ..models.pretrained import EncoderError
 from ..training.base import Batch
 from ..training.video import VideoModule
 
@@ -54,23 +55,33 @@ def choose_rollout_lengths(config: VideoConfig) -> tuple[int, int]:
 
 def select_held_out_clips(
     config: VideoConfig,
-    num_frames: int,
+    num_frames: int | None = None,
     source: str | None = None,
     split: str = "validation",
     limit: int | None = None,
 ) -> tuple[ClipRows, list[Int[np.ndarray, "batch"]]]:
     """Return the clips of a held-out split, of the training data or of another source, and batches of row numbers.
 
-    Rows have `num_frames` frames. Raises DataError for what cannot be read, RolloutError for a limit below 1.
+    Rows have `num_frames` frames, and shorter clips are left out; by default they are samples of training, and
+    `data.short` says what becomes of short clips. Raises DataError for what cannot be read, RolloutError for a limit
+    below 1 and where all clips are too short.
     """
     if limit is not None and limit < 1:
         raise RolloutError(f"limit: {limit} clips are none; take 1 or more")
-    changes = {"data.context": num_frames - 1}
+    changes = {} if num_frames is None else {"data.context": num_frames - 1, "data.short": "repeat"}
     if source is not None:
         changes["data.source"] = source
     data = VideoDataModule(override_config(config, changes))
     data.setup("evaluate")
     rows = data.rows(split)
+    if num_frames is not None:
+        lengths = rows.table.lengths
+        if lengths.max() < num_frames:
+            raise RolloutError(
+                f"--condition, --frames: a roll-out of {num_frames} frames in all needs clips of as many, and "
+                f"those of {data.source.name} ({split}) have at most {lengths.max()}; take fewer"
+            )
+        rows.table = rows.table.select(np.flatnonzero(lengths >= num_frames))
     return rows, split_into_batches_for_ranks(epoch_permutation(0, 0, len(rows))[:limit], ROLLOUT_BATCH_SIZE)
 
 # %% ../../nbs/inference/19_rollout_metrics.ipynb #4b346622
@@ -247,11 +258,14 @@ def summarise_scores(measured: list[MeasuredBatch], name: str) -> RolloutScores:
 def load_feature_network(module: VideoModule, name: str | None = None) -> FeatureNetwork:
     """Return the network whose features are compared: that of a name, small_vae if None, on the module's device.
 
-    For frames that cannot be shown it is the frames themselves. Raises RolloutError for a name there, EncoderError for
-    a network that cannot be loaded.
+    For frames that cannot be shown it is the frames themselves. Raises RolloutError for a name there, and for a network
+    that cannot be loaded.
     """
     if can_show(module.config):
-        return FeatureNetwork(read_image_encoder(name or "small_vae").to(module.device))
+        try:
+            return FeatureNetwork(read_image_encoder(name or "small_vae").to(module.device))
+        except EncoderError as error:
+            raise RolloutError(str(error).replace("encoder.images", "--features")) from None
     if name is not None:
         raise RolloutError(
             f"--features {name}: reads pictures, and the frames of {module.config.encoder.images} cannot be decoded; "
