@@ -131,7 +131,7 @@ class TrainerConfig(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="how several devices share the work: each holds the whole model (ddp, which 'auto' takes), "
-        "or a part of weights, gradients and optimiser state (fsdp; GPUs only)",
+        "or a part of weights, gradients and optimiser state (fsdp)",
     )
     threads: int = Field(0, ge=0, description="CPU threads of the process; 0 leaves the choice to torch")
     fast_matmul: bool = Field(

@@ -89,7 +89,7 @@ class LossWithGradients(torch.autograd.Function):
     def forward(ctx, loss, gradients, *weights):
         "Return the loss."
         ctx.gradients = gradients
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
