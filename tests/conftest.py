@@ -7,6 +7,8 @@ import gc
 import os
 from pathlib import Path
 
+import datasets  # noqa: F401  with Lightning before the import hook, which compiles what is imported behind it again
+import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 from beartype import BeartypeConf, beartype

@@ -5,6 +5,7 @@
 set -uo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
+unset PYTHONDONTWRITEBYTECODE    # else every process compiles what it imports, which takes longer than most tests
 bash job_scripts/setup.sh || exit 1
 
 work=$(mktemp -d)

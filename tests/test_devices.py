@@ -29,7 +29,7 @@ from ebt_nb.inference.generate import TextGenerator
 from ebt_nb.inference.loading import load_for_inference
 from ebt_nb.inference.restore import evaluate_images
 from ebt_nb.training.base import TrainingModule
-from ebt_nb.training.build import build_module
+from ebt_nb.training.build import build_module, get_model_kind
 from ebt_nb.training.fit import fit
 from ebt_nb.training.overfit import overfit
 from ebt_nb.training.trainer import use_threads
@@ -61,6 +61,16 @@ IMAGES = {
     "dit": {"model.kind": "dit"},
     "dit-generate": {"model.kind": "dit", "data.task": "generate"},
 }
+VIDEO = {
+    "frame": {
+        "thinking.rule": "frame",
+        "thinking.start": "newest",
+        "objective.start_weight": 0,
+        "model.energy": "linear",
+    },
+    "embedding": {},
+    "transformer": {"model.kind": "video_transformer"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +101,12 @@ def image_config(folder, **changes) -> RunConfig:
     return build_config(preset, SIZE | TRAINER | data | places | diffusion | changes)
 
 
+def video_config(folder, **changes) -> RunConfig:
+    data = {"data.image_size": 8, "data.context": 4, "data.batch_size": 4, "data.max_documents": 20}
+    places = {"data.cache_dir": str(folder / "cache"), "run.runs_dir": str(folder / "runs")}
+    return build_config("video/quickstart", SIZE | TRAINER | data | places | changes)
+
+
 def text_batch(config) -> dict[str, Tensor]:
     tokens = torch.arange(27).view(3, 9) % config.model.vocab_size
     return dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(3))
@@ -100,6 +116,15 @@ def image_batch(config) -> dict[str, Tensor]:
     channels, side = config.image_shape
     images = torch.linspace(-1, 1, 4 * channels * side * side).view(4, channels, side, side)
     return dict(image=images, index=torch.arange(4))
+
+
+def predict_frame(module: TrainingModule, batch: dict[str, Tensor]) -> list[Tensor]:
+    "Return the frame that follows the last of each clip, with the clip observed in two parts."
+    frames, index = (values.to(module.device) for values in batch.values())
+    context = module.model.observe(frames[:, :-1], spare_capacity=1)
+    module.model.extend(context, frames[:, -1])
+    position = torch.tensor([frames.shape[1] - 1], device=module.device)
+    return [module.predict_next(context, frames[:, -1], module.frame_rng(index, position)).frames.cpu()]
 
 
 def train_briefly(module: TrainingModule, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -182,12 +207,25 @@ def test_image_training(folder, changes):
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", VIDEO.values(), ids=VIDEO)
+def test_video_training(folder, changes):
+    config = video_config(folder, **changes)
+    module, batch = build_module(config), get_model_kind(config).example_batch(config, 3)
+    on_cpu = deepcopy(module)
+    expected = train_briefly(on_cpu, batch) + predict_frame(on_cpu, batch)
+    with fake_gpu() as gpu:
+        module.to(gpu)
+        found = train_briefly(module, batch) + predict_frame(module, batch)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 REPLAY = {"thinking.replay": 8}
 RUNS = {
     "ebt": (text_config, REPLAY | {"trainer.precision": "bf16-mixed", "trainer.matmul_precision": "high"}),
     "transformer": (text_config, {"model.kind": "transformer"}),
     "image_ebt": (image_config, REPLAY),
     "dit": (image_config, {"model.kind": "dit"}),
+    "video_ebt": (video_config, {}),
 }
 
 

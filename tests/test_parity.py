@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ebt_nb.compute.rng import RandomKeys
@@ -20,12 +21,13 @@ from ebt_nb.config.thinking import ImageObjectiveConfig, ObjectiveConfig, Thinki
 from ebt_nb.models.diffusion import GaussianDiffusion
 from ebt_nb.models.dit import DiT
 from ebt_nb.models.energy import EnergyTransformer
+from ebt_nb.models.frame_models import FrameEnergyTransformer, FrameTransformer
 from ebt_nb.models.image_energy import BidirectionalEBT
-from ebt_nb.models.transformer import Transformer
+from ebt_nb.models.transformer import CausalTransformer, Transformer
 from ebt_nb.thinking.descent import Descent
-from ebt_nb.thinking.spaces import ImageSpace, TokenSpace
+from ebt_nb.thinking.spaces import ContinuousSpace, ImageSpace, TokenSpace
 from ebt_nb.training.images import restoration_objective
-from ebt_nb.training.objectives import energy_objective, feed_forward_objective
+from ebt_nb.training.objectives import energy_objective, feed_forward_objective, regression_objective
 from ebt_nb.training.optim import learning_rate
 
 NORM_FLOOR = 1e-7  # gradients that are zero but for round-off
@@ -41,6 +43,8 @@ def test_case(case, request):
     check = {
         "text_ebt": check_energy_model,
         "text_baseline": check_baseline,
+        "video_ebt": check_video_energy_model,
+        "video_baseline": check_video_baseline,
         "lr_schedule": check_learning_rates,
         "image_ebt": check_image_energy_model,
         "dit": check_dit,
@@ -84,7 +88,7 @@ def map_parameters(model, read):
     "Return `read(parameter)` for every parameter, by the fixtures' names and in their layout (fused matrices split)."
     if isinstance(model, BidirectionalEBT | DiT):
         return map_image_parameters(model, read)
-    found = {"tok_embed": read(model.embedding.weight), "final_norm": read(model.final_norm.gain)}
+    found = map_ends(model, read) | {"final_norm": read(model.final_norm.gain)}
     for i, block in enumerate(model.blocks):
         q, k, v = read(block.attention.qkv.weight).chunk(3)
         w1, w3 = read(block.ffn.gate_up.weight).chunk(2)
@@ -102,7 +106,7 @@ def map_parameters(model, read):
         if block.adaptive is not None:
             named |= {"adaln.weight": read(block.adaptive.weight), "adaln.bias": read(block.adaptive.bias)}
         found |= {f"blocks.{i}.{name}": tensor for name, tensor in named.items()}
-    if isinstance(model, Transformer):
+    if isinstance(model, CausalTransformer):
         return found | {"output_head": read(model.output_head.weight)}
     found["energy_head"] = read(model.energy_head.weight)
     if model.candidate_embedding is not model.embedding:
@@ -114,6 +118,18 @@ def map_parameters(model, read):
             "final_adaln.weight": read(model.final_adaptive.weight),
             "final_adaln.bias": read(model.final_adaptive.bias),
         }
+    return found
+
+
+def map_ends(model, read):
+    "Return what embeds observations and, of the baseline of video, what turns its output into frames."
+    if isinstance(model.embedding, torch.nn.Embedding):
+        return {"tok_embed": read(model.embedding.weight)}
+    if isinstance(model.embedding, torch.nn.Identity):
+        return {}
+    found = {"down_proj.weight": read(model.embedding.weight), "down_proj.bias": read(model.embedding.bias)}
+    if isinstance(model, FrameTransformer):
+        found |= {"up_proj.weight": read(model.up_weight), "up_proj.bias": read(model.up_bias)}
     return found
 
 
@@ -177,9 +193,13 @@ def inputs_and_targets(case, file):
 
 
 def text_model_arguments(config):
+    return dict(vocab_size=config["vocab_size"]) | trunk_arguments(config)
+
+
+def trunk_arguments(config):
+    "The shape that models of text and video share."
     multiplier = config["ffn_multiplier"] or 1.0
     return dict(
-        vocab_size=config["vocab_size"],
         layers=config["n_layers"],
         width=config["dim"],
         heads=config["n_heads"],
@@ -287,6 +307,50 @@ def check_baseline(case, file):
     loss = feed_forward_objective(model, inputs, targets, ObjectiveConfig()).loss
     compare(case, "out/loss", loss, file["out/loss"])
     compare(case, "out/perplexity", loss.exp(), file["out/perplexity"])
+    loss.backward()
+    check_gradients(case, file, map_parameters(model, lambda p: p.grad))
+
+
+def check_video_energy_model(case, file):
+    config, frames = case["config"], file["in/latents"]
+    model = FrameEnergyTransformer(
+        config["latent_dim"],
+        **trunk_arguments(config),
+        conditioning=config["conditioning"],
+        landscapes=config["n_steps"],
+    )
+    load_weights(model, file)
+    clamp = config["clamp_futures_grad_max_change"] if config["clamp_futures_grad"] else None
+    descent = build_descent(ThinkingConfig(**thinking_arguments(config), clamp=clamp), file)
+    outcome = regression_objective(
+        model.condition_on(model.observe(frames[:, :-1])),
+        ContinuousSpace(config["latent_dim"], model.projection, keep_noise=False),
+        descent,
+        frames[:, 1:],
+        FixtureRandomKeys(file),
+        "last" if config["truncate_mcmc"] else "mean",
+        config["step_indices"],
+        keep_candidates="all",
+    )
+    for k, energies in enumerate(outcome.trace.energies):
+        compare(case, f"out/energy.{k}", energies, file[f"out/energy.{k}"])
+    for k, candidate in enumerate(outcome.trace.candidates[1:]):
+        compare(case, f"out/pred.{k}", candidate, file[f"out/pred.{k}"])
+    for k, loss in enumerate(outcome.step_losses):
+        compare(case, f"out/step_loss.{k}", loss, file[f"out/step_loss.{k}"])
+    compare(case, "out/loss", outcome.loss, file["out/loss"])
+    outcome.loss.backward()
+    check_gradients(case, file, map_parameters(model, lambda p: p.grad) | {"alpha": descent.step_size.grad})
+
+
+def check_video_baseline(case, file):
+    config, frames = case["config"], file["in/latents"]
+    model = FrameTransformer(config["latent_dim"], **trunk_arguments(config))
+    load_weights(model, file)
+    prediction = model(frames[:, :-1])
+    compare(case, "out/pred", prediction, file["out/pred"])
+    loss = F.smooth_l1_loss(prediction, frames[:, 1:])
+    compare(case, "out/loss", loss, file["out/loss"])
     loss.backward()
     check_gradients(case, file, map_parameters(model, lambda p: p.grad))
 

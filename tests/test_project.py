@@ -230,6 +230,7 @@ case "$*" in
     *"pip install"*)
         echo begun >>log; until [ -e go ]; do sleep 0.05; done; touch .venv/installed; echo ended >>log ;;
     "-P -") test -e .venv/installed ;;
+    "-P -c import ebt_nb"*) echo "compiled$PYTHONDONTWRITEBYTECODE" >>log ;;
 esac
 """
 
@@ -244,7 +245,7 @@ def test_second_of_two_parallel_setups_waits_and_finds_the_work_done(root, tmp_p
     def start():
         return subprocess.Popen(
             ["bash", script],
-            env={"PATH": f"{bin}:{os.defpath}"},
+            env={"PATH": f"{bin}:{os.defpath}", "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -262,7 +263,9 @@ def test_second_of_two_parallel_setups_waits_and_finds_the_work_done(root, tmp_p
     for setup in (first, second):
         assert setup.wait(timeout=60) == 0
     assert "ready" in first.stdout.read() and second.stdout.read() == ""
-    assert (folder / "log").read_text().split() == ["begun", "ended"] and (folder / ".venv/.set-up").is_file()
+    assert (folder / "log").read_text().split() == ["begun", "ended", "compiled"] and (
+        folder / ".venv/.set-up"
+    ).is_file()
     assert (
         call("bash", script, env={"PATH": f"{bin}:{os.defpath}"}) == ""
         and script.read_bytes() == (root / "job_scripts/setup.sh").read_bytes()

@@ -59,6 +59,22 @@ RECIPES = {
         "tracking.samples_every": 4,
     },
     "diffusion": {"preset": "image/quickstart", "model.kind": "dit", "data.image_size": 8},
+    "video": {
+        "preset": "video/quickstart_s1",
+        "data.image_size": 8,
+        "data.context": 4,
+        "data.max_documents": 40,
+        "data.flip": True,
+        "thinking.start": "newest",
+        "thinking.noise": 0.1,
+        "thinking.random_step_size": 2.0,
+        "thinking.visits_max": 3,
+        "thinking.detach": False,
+        "objective.steps": "last",
+        "thinking.replay": 12,
+        "trainer.monitor": "val/loss_start",
+        "tracking.samples_every": 4,
+    },
 }
 
 

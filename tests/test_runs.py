@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ebt_nb.cli.main import main
@@ -223,6 +223,7 @@ tables = st.binary(max_size=40) | st.lists(plain, max_size=9).map(
 )
 
 
+@example(status=b"", config=b'{"model": {"size": []}}', table=b"")
 @given(status=contents, config=contents, table=tables)
 def test_no_foreign_file_stops_a_command(tmp_path_factory, status, config, table):
     "Whatever lies in a run folder, `ebt runs`, its actions and addresses name it or describe it."

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['AnalysisError', 'check_index', 'check_trace_index', 'candidate_path', 'Plane', 'fit_plane', 'orthogonal_direction',
            'Landscape', 'candidate_energies', 'compute_landscape', 'create_figure', 'escape_dollars', 'plot_landscape',
-           'landscape_title', 'draw_contours', 'draw_path', 'energy_at_position']
+           'landscape_title', 'draw_contours', 'draw_path', 'draw_text', 'energy_at_position']
 
 # %% ../../nbs/analysis/00_landscape.ipynb #5f13183c
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -264,30 +265,42 @@ def draw_contours(figure: Figure, ax: Axes, landscape: Landscape) -> None:
 
 
 def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
-    "Draw a line for each move, and points; all points are numbered, or every few and the last if there are many."
+    """Draw a line for each move, and points; all points are numbered, or every few and the last if there are many.
+
+    Labels that are not empty are listed in a corner, by number.
+    """
     points, last = landscape.plane.coordinates.numpy(), len(landscape.plane.landscapes)
     for k, index in enumerate(landscape.plane.landscapes):
         color = "white" if index == landscape.landscape_index else "0.6"
         ax.plot(*points[k : k + 2].T, color=color, lw=1.6, zorder=2)
     colors = ["tab:red"] * last + ["gold"]
     ax.scatter(*points.T, s=26, c=colors, edgecolors="black", linewidths=0.6, zorder=4)
-    middle, interval = landscape.x.mean().item(), -(-last // 5)
-    for k in range(last + 1):
-        if k % interval and k != last:
-            continue
-        is_right = points[k, 0] > middle
+    interval = -(-last // 5)
+    numbered = [k for k in range(last + 1) if k % interval == 0 or k == last]
+    for k in numbered:
         is_above = points[k, 1] >= points[max(k - 1, 0) : k + 2, 1].mean()
-        ax.annotate(
-            escape_dollars(f"{k} {labels[k]}".strip()),
-            points[k],
-            (-6 if is_right else 6, 7 if is_above else -7),
-            textcoords="offset points",
-            fontsize=8,
-            zorder=3,
-            ha="right" if is_right else "left",
-            va="bottom" if is_above else "top",
-            bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75),
-        )
+        draw_text(ax, str(k), points[k], (0, 7 if is_above else -7), "center", is_above)
+    lines = [f"{k} {labels[k]}" for k in numbered if labels[k]]
+    if lines:
+        draw_text(ax, "\n".join(lines), (0, 0), (6, 6), "left", True, xycoords="axes fraction")
+
+
+def draw_text(
+    ax: Axes, text: str, point: Sequence[float], offset: tuple[int, int], align: str, is_above: bool, **options
+) -> None:
+    "Write text on a light ground next to a point."
+    ax.annotate(
+        escape_dollars(text),
+        point,
+        offset,
+        textcoords="offset points",
+        fontsize=8,
+        zorder=3,
+        ha=align,
+        va="bottom" if is_above else "top",
+        bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75),
+        **options,
+    )
 
 # %% ../../nbs/analysis/00_landscape.ipynb #c31c0f0d
 def energy_at_position(model: EnergyTransformer, context: KeyValueCache, sample: int, position: int) -> Energy:

@@ -172,9 +172,14 @@ def describe_run(run: Run) -> list[str]:
 
 def describe_data(data: Any) -> str:
     "Return source and shape of the data of a run, such as `austen, tokenizer austen_8k, context 256`."
-    if data.kind == "images":
-        return f"{data.source}, {data.image_size} x {data.image_size} pixels"
-    return f"{data.source}, tokenizer {data.tokenizer}, context {data.context}"
+    parts = [data.source]
+    if hasattr(data, "image_size"):
+        parts.append(f"{data.image_size} x {data.image_size} pixels")
+    if hasattr(data, "tokenizer"):
+        parts.append(f"tokenizer {data.tokenizer}")
+    if hasattr(data, "context"):
+        parts.append(f"context {data.context}")
+    return ", ".join(parts)
 
 
 def list_checkpoint_files(run: Run) -> str:

@@ -180,9 +180,13 @@ class VideoDataConfig(DataConfig):
     kind: Literal["video"] = Field("video", description="video")
     source: str = Field(
         "moving_fashion",
-        description="'moving_fashion' (generated), 'big_buck_bunny' (embedded), 'something-something-v2', "
-        "'kinetics-400', 'kinetics-600', 'ucf101', a hub name, a clip, a folder of clips, or a .txt list of clips; "
-        "several are joined by '+'; parts of a folder named train, validation or test are splits",
+        description="'moving_fashion' (generated), 'big_buck_bunny' (embedded), 'something-something-v2:FOLDER', "
+        "'kinetics-400:FOLDER', 'kinetics-600:FOLDER', 'ucf101:FOLDER', a hub name, a clip, a folder of clips, a .txt "
+        "list of clips, or parquet or arrow files; several are joined by '+'; parts of a folder named train, "
+        "validation or test are splits",
+    )
+    subset: str | None = Field(
+        None, description="configuration name of a hub data set; of ucf101 the number of its official lists, 1, 2 or 3"
     )
     context: int = Field(16, ge=1, description="frames that the model sees S; a sample has one more")
     seconds_between_frames: float | None = Field(
@@ -224,6 +228,11 @@ class VideoDataConfig(DataConfig):
             )
         if self.random_crop and self.aspect != "crop":
             raise ValueError(f"random_crop: has no effect with data.aspect={self.aspect}; leave it out")
+        if self.random_crop and self.decode == "once":
+            raise ValueError(
+                "random_crop: what is decoded once is one square of each frame; set data.decode=on_the_fly, or leave "
+                "it out"
+            )
         return self
 
 # %% ../../nbs/config/04_data.ipynb #b005ebe0

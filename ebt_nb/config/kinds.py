@@ -297,6 +297,11 @@ class VideoConfig(RunConfig):
                 f"data.image_size: {size} pixels cannot be divided into latents of {encoder.latent_factor} pixels "
                 "(encoder.latent_factor); choose a multiple of it"
             )
+        if encoder.images != "none" and self.data.decode == "on_the_fly":
+            raise ValueError(
+                "data.decode: encoders run before training (`ebt encode`), not while clips are read; set "
+                "data.decode=once, or encoder.images=none"
+            )
         return self
 
 

@@ -11,20 +11,19 @@ from typing import Any
 
 import datasets
 from jaxtyping import Int
-from lightning import LightningDataModule
 from torch import Tensor
 
 from ..config.kinds import ImageConfig
-from ..config.update_size import batches_per_update
-from .image_cache import open_prepared_images, prepare_images, read_prepared_info
+from .cache import read_prepared_info
+from .image_cache import open_prepared_images, prepare_images
 from .image_rows import ImageRows
 from .image_sources import find_image_set
 from .latents import find_latent_cache, uses_encoder
-from .loaders import HeldOutLoader, TrainLoader, rank_and_world_size
+from .loaders import RowDataModule
 from .sources import DataError
 
 # %% ../../nbs/data/20_image_loaders.ipynb #19a643a1
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(RowDataModule):
     """Images for a run.
 
     splits: prepared rows by split, with 'label' and 'caption'.
@@ -39,10 +38,10 @@ class ImageDataModule(LightningDataModule):
     """
 
     tokenizer = None
+    unit_name, column = "images", "image"
 
     def __init__(self, config: ImageConfig, rank: int | None = None, world_size: int | None = None):
-        super().__init__()
-        self.config, self.given_ranks = config, (rank, world_size)
+        super().__init__(config, rank, world_size)
         self.source = find_image_set(config.data)
         self.folder: Path | None = None
         self.captions_folder: Path | None = None
@@ -118,33 +117,11 @@ class ImageDataModule(LightningDataModule):
         "Return the captions of some rows as text; empty ones where there are none."
         return self.splits[split].select(index.tolist())["caption"][:]
 
-    def train_dataloader(self) -> TrainLoader:
-        "Return endless batches; its length is max_steps updates of as many batches as each accumulates."
-        data = self.config.data
-        rank, world_size = rank_and_world_size(*self.given_ranks)
-        return TrainLoader(
-            self.rows("train", data.flip),
-            data.batch_size,
-            seed=self.config.run.seed,
-            length=self.config.trainer.max_steps * batches_per_update(self.config),
-            fingerprint="+".join(dict.fromkeys(folder.name for folder in self._folders())),
-            rank=rank,
-            world_size=world_size,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            shuffle=data.shuffle,
-        )
+    def training_rows(self) -> ImageRows:
+        "Return the images of the training split; half of them are mirrored if data.flip."
+        return self.rows("train", self.config.data.flip)
 
-    def val_dataloader(self) -> HeldOutLoader:
-        "Return the batches of the validation split."
-        return self.held_out_dataloader("validation")
-
-    def test_dataloader(self) -> HeldOutLoader:
-        "Return the batches of the test split."
-        return self.held_out_dataloader("test")
-
-    def held_out_dataloader(self, split: str) -> HeldOutLoader:
-        "Return batches of every image of a split, once, never mirrored. Raises DataError if there is no such split."
-        rank, world_size = rank_and_world_size(*self.given_ranks)
-        data = self.config.data
-        return HeldOutLoader(self.rows(split), data.batch_size, rank, world_size, data.workers, data.prefetch)
+    @property
+    def fingerprint(self) -> str:
+        "Names the data in checkpoints."
+        return "+".join(dict.fromkeys(folder.name for folder in self._folders()))

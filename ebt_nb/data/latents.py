@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EncodeImages', 'EncodeTexts', 'uses_encoder', 'encoder_weights_hash', 'latent_cache_key', 'latent_cache_folder',
-           'fixed_length_list', 'LatentWriter', 'prepare_latents', 'find_latent_cache']
+           'fixed_length_list', 'latents_to_half', 'LatentWriter', 'prepare_latents', 'find_latent_cache']
 
 # %% ../../nbs/data/19_latents.ipynb #da150003
 import hashlib
@@ -17,21 +17,21 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float16, Shaped
 from torch import Tensor
 
-from ..config.kinds import ImageConfig
-from .cache import cache_folder, cached, report_progress
-from .image_cache import image_cache_key, open_prepared_images, prepare_images, read_prepared_info
+from ..config.kinds import ImageConfig, RunConfig
+from .cache import cache_folder, cached, read_prepared_info, report_progress
+from .image_cache import image_cache_key, open_prepared_images, prepare_images
 from .image_rows import ImageRows
 from .image_sets import ImageSet
 from .image_sources import find_image_set
 from .sources import ASSETS, DataError
 
 # %% ../../nbs/data/19_latents.ipynb #af4e0d24
-def uses_encoder(config: ImageConfig) -> bool:
-    "Return whether images or captions are encoded before the model reads them."
-    return config.encoder.images != "none" or config.encoder.captions != "none"
+def uses_encoder(config: RunConfig) -> bool:
+    "Return whether images, captions or frames are encoded before the model reads them."
+    return config.encoder.images != "none" or getattr(config.encoder, "captions", "none") != "none"
 
 
 def encoder_weights_hash(encoder: str) -> str:
@@ -75,6 +75,17 @@ EncodeTexts = Callable[[list[str]], Float[Tensor, "batch E"]]
 def fixed_length_list(dtype: str, shape: list[int]) -> datasets.Sequence:
     "Return the type of a column whose rows hold an array of this shape, flattened."
     return datasets.Sequence(datasets.Value(dtype), length=int(np.prod(shape)))
+
+
+def latents_to_half(latents: Float[Tensor, "batch *shape"]) -> Float16[np.ndarray, "batch numbers"]:
+    "Return latents as numbers of 16 bits, laid flat. Raises DataError for latents that 16 bits cannot hold."
+    numbers = latents.detach().cpu().half().flatten(1).numpy()
+    if not np.isfinite(numbers).all():
+        raise DataError(
+            "encoder.latent_scale: latents are not finite, or too large for 16 bits; choose a smaller scale or "
+            "another encoder"
+        )
+    return numbers
 
 # %% ../../nbs/data/19_latents.ipynb #70f26b54
 @dataclass
@@ -120,12 +131,7 @@ class LatentWriter:
             if self.flip:
                 latents["flipped"] = self.encode_images(batch["image"].flip(-1))
             self.shape = list(latents["image"].shape[1:])
-            columns |= {name: numbers.detach().cpu().half().flatten(1).numpy() for name, numbers in latents.items()}
-            if not all(np.isfinite(columns[name]).all() for name in latents):
-                raise DataError(
-                    "encoder.latent_scale: latents are not finite, or too large for 16 bits; choose a smaller scale or "
-                    "another encoder"
-                )
+            columns |= {name: latents_to_half(numbers) for name, numbers in latents.items()}
         if self.encode_texts:
             columns["vector"] = self.encode_texts(captions).detach().cpu().float().numpy()
             self.width = columns["vector"].shape[1]

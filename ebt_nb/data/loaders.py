@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['epoch_permutation', 'endless_order', 'return_unchanged', 'fetch_batches', 'TrainLoader', 'check_loader_state',
-           'HeldOutLoader', 'rank_and_world_size', 'split_into_batches_for_ranks', 'map_over_ranks']
+           'HeldOutLoader', 'rank_and_world_size', 'split_into_batches_for_ranks', 'map_over_ranks', 'RowDataModule']
 
 # %% ../../nbs/data/05_loaders.ipynb #08c1fb59
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +16,11 @@ import torch
 import torch.distributed
 import torch.utils.data
 from jaxtyping import Int, Shaped
+from lightning import LightningDataModule
 from torch import Tensor
 
+from ..config.kinds import RunConfig
+from ..config.update_size import batches_per_update
 from .sources import DataError
 
 # %% ../../nbs/data/05_loaders.ipynb #9da595d3
@@ -202,3 +205,66 @@ def map_over_ranks(function: Callable[[Any], Any], items: Sequence) -> Iterator[
         own = function(in_round[rank]) if rank < len(in_round) else None
         torch.distributed.all_gather_object(results, own)
         yield from results[: len(in_round)]
+
+# %% ../../nbs/data/05_loaders.ipynb #dc050002
+class RowDataModule(LightningDataModule):
+    """Serves rows to a run; subclasses define `rows`, `training_rows` and `fingerprint`.
+
+    unit_name: what a row is, in the plural.
+    column: entry of a batch that holds what the model sees.
+    images_per_row: how many images a row holds.
+
+    `rank` and `world_size` default to those of torch.distributed.
+    """
+
+    unit_name: str
+    column: str
+    images_per_row = 1
+
+    def __init__(self, config: RunConfig, rank: int | None = None, world_size: int | None = None):
+        super().__init__()
+        self.config, self.given_ranks = config, (rank, world_size)
+
+    def rows(self, split: str) -> torch.utils.data.Dataset:
+        "Return the rows of a split as they are held out. Raises DataError if there is no such split."
+        raise NotImplementedError("rows")
+
+    def training_rows(self) -> torch.utils.data.Dataset:
+        "Return the rows of the training split, changed at random from epoch to epoch if the configuration says so."
+        raise NotImplementedError("training_rows")
+
+    @property
+    def fingerprint(self) -> str:
+        "Names the data in checkpoints."
+        raise NotImplementedError("fingerprint")
+
+    def train_dataloader(self) -> TrainLoader:
+        "Return endless batches; its length is max_steps updates of as many batches as each accumulates."
+        data = self.config.data
+        rank, world_size = rank_and_world_size(*self.given_ranks)
+        return TrainLoader(
+            self.training_rows(),
+            data.batch_size,
+            seed=self.config.run.seed,
+            length=self.config.trainer.max_steps * batches_per_update(self.config),
+            fingerprint=self.fingerprint,
+            rank=rank,
+            world_size=world_size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            shuffle=data.shuffle,
+        )
+
+    def val_dataloader(self) -> HeldOutLoader:
+        "Return the batches of the validation split."
+        return self.held_out_dataloader("validation")
+
+    def test_dataloader(self) -> HeldOutLoader:
+        "Return the batches of the test split."
+        return self.held_out_dataloader("test")
+
+    def held_out_dataloader(self, split: str) -> HeldOutLoader:
+        "Return batches of every row of a split, once, never changed. Raises DataError if there is no such split."
+        rank, world_size = rank_and_world_size(*self.given_ranks)
+        data = self.config.data
+        return HeldOutLoader(self.rows(split), data.batch_size, rank, world_size, data.workers, data.prefetch)

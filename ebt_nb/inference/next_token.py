@@ -73,7 +73,7 @@ def predict_next_token(
     `rng` [batch, 1] holds the keys of each row's newest position, for starts and noise.
     """
     if not isinstance(module, EnergyLanguageModule):
-        return Prediction(module.model.next_logits(context))
+        return Prediction(module.model.predict_next(context))
     predictions = predict_newest_tokens(module, context, rng, evaluate_energies)
     return Prediction(*(values[:, 0] for values in predictions))
 

@@ -6,7 +6,7 @@
 __all__ = ['Images', 'SSIM_WINDOW', 'BATCH_SIZE', 'Restored', 'QualityColumns', 'DEFAULT_PASSES', 'RestoreError', 'ImageQuality',
            'measure_quality', 'restore_images', 'held_out_batches', 'select_held_out_rows', 'make_noisy', 'QualityRow',
            'restore_by_thinking', 'restore_by_diffusion', 'measure_restored_batch', 'average_quality',
-           'format_quality_table', 'Restoration', 'passes_to_measure', 'evaluate_images']
+           'format_quality_table', 'Restoration', 'steps_to_measure', 'passes_to_measure', 'evaluate_images']
 
 # %% ../../nbs/inference/12_restore.ipynb #abf32187
 import math
@@ -30,7 +30,7 @@ from ..data.image_loaders import ImageDataModule
 from ..data.image_rows import ImageRows
 from ..data.loaders import epoch_permutation, map_over_ranks, split_into_batches_for_ranks
 from ..models.diffusion import GaussianDiffusion
-from ..thinking.descent import Trace, pad_with_last
+from ..thinking.descent import Descent, Trace, pad_with_last
 from ..thinking.verify import think
 from ..training.base import Batch
 from ..training.images import EnergyImageModule, ImageModule, psnr
@@ -292,6 +292,17 @@ class Restoration:
 DEFAULT_PASSES = (1, 2, 3, 5, 10)
 
 
+def steps_to_measure(descent: Descent, usual: Sequence[int]) -> list[int]:
+    """Return the numbers of thinking steps that are measured by default: the usual ones, and the configured number.
+
+    None is larger than the configured number where that is set for inference.
+    """
+    configured, inference = len(descent.draw_schedule()), descent.inference
+    is_set = inference.steps is not None or inference.steps_per_landscape is not None
+    most = configured if is_set else max(configured, *usual)
+    return sorted({k for k in (*usual, configured) if k <= most})
+
+
 def passes_to_measure(module: ImageModule, levels: Sequence[float] | None = None) -> list[int]:
     """Return the numbers of forward passes that are measured by default: a few, and the configured number.
 
@@ -300,10 +311,7 @@ def passes_to_measure(module: ImageModule, levels: Sequence[float] | None = None
     than its process from the step at which it starts for one of the noise `levels`.
     """
     if isinstance(module, EnergyImageModule):
-        configured, inference = len(module.descent.draw_schedule()), module.descent.inference
-        is_set = inference.steps is not None or inference.steps_per_landscape is not None
-        most = configured if is_set else max(configured, *DEFAULT_PASSES)
-        return sorted({k for k in (*DEFAULT_PASSES, configured) if k <= most})
+        return steps_to_measure(module.descent, DEFAULT_PASSES)
     diffusion, passes = module.config.diffusion, set()
     for level in levels or diffusion.levels_to_measure:
         most = min(diffusion.sampling_steps, diffusion.first_step(level) + 1)

@@ -25,7 +25,7 @@ from ebt_nb.models.kv_cache import (
 )
 from .layers import RMSNorm
 from .observed_stream import GrowingStream
-from .transformer import Readout, initialise_transformer
+from .transformer import Readout, initialise_transformer, shift_embeddings
 
 # %% ../../nbs/models/07_energy.ipynb #e3f2dc1b
 def _check_candidates_fit(num_candidates: int, num_observed: int, landscape: int, landscapes: int) -> None:
@@ -229,8 +229,7 @@ def initialise_energy_model(model: EnergyTransformer) -> None:
         nn.init.normal_(model.candidate_embedding.weight, std=width**-0.5)
         if model.conditioning != "step_embed":
             model.candidate_embedding.weight.add_(common)
-    if isinstance(model.embedding, nn.Embedding):
-        model.embedding.weight.add_(common)
+    shift_embeddings(model.embedding, common)
     if model.conditioning == "step_embed":
         model.step_embedding.weight.mul_(0.1).add_(common)
     model.energy_head.initialise()

@@ -118,15 +118,15 @@ class GrowingStream(ObservedStream):
     "An observed stream that can be extended token by token."
 
     @torch.no_grad()
-    def extend(self, context: KeyValueCache, tokens: Int[Tensor, "batch"]) -> None:
-        """Observe one more token of each row, after its newest; changes the context in place.
+    def extend(self, context: KeyValueCache, newest: Int[Tensor, "batch"] | Float[Tensor, "batch features"]) -> None:
+        """Observe one more token (or frame) of each row, after its newest; changes the context in place.
 
         Where one context serves all landscapes, the token is run through the layers together with the next candidates,
         unless they start from it. Raises ValueError where the context has no free slot.
         """
         self._process_pending(context)
         advance_to_next_slot(context)
-        context.pending_embeddings = self.embedding(tokens[:, None])
+        context.pending_embeddings = self.embedding(newest[:, None])
         if self.guess == "newest":
             context.guesses = context.pending_embeddings
         if not self.has_shared_context or self.guess == "hidden":

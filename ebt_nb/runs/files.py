@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunError', 'format_json', 'read_text', 'remove_if_possible', 'write_atomically', 'create_folder',
-           'unique_folder_name', 'walk_files', 'join_names']
+           'unique_folder_name', 'walk_files', 'join_names', 'free_disk', 'format_bytes']
 
 # %% ../../nbs/runs/00_files.ipynb #a591ed2f
 import errno
@@ -134,3 +134,18 @@ def join_names(names: Iterable[str], limit: int = 8) -> str:
     if len(names) > limit:
         text += f" and {len(names) - limit} more"
     return text
+
+# %% ../../nbs/runs/00_files.ipynb #dc000002
+def free_disk(folder: Path | str) -> int:
+    "Return the bytes free on the disk of a folder, which need not exist yet."
+    folder = Path(folder).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    return shutil.disk_usage(existing).free
+
+
+def format_bytes(size: float) -> str:
+    "Return a number of bytes as text in kB, MB, GB or TB."
+    for unit, name in [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]:
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.3g} bytes"

@@ -6,6 +6,7 @@
 __all__ = ['State', 'PredictionSpace', 'gradient_step', 'initial_candidates', 'TokenSpace', 'ContinuousSpace', 'ImageSpace']
 
 # %% ../../nbs/thinking/00_spaces.ipynb #26c4f1f6
+import copy
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -174,7 +175,9 @@ class TokenSpace:
 class ContinuousSpace:
     """Candidates that are vectors of `width`, embedded as they are or by a borrowed linear `projection`.
 
-    `keep_noise` says whether Langevin noise stays in the candidate or is added to this step's embedding only.
+    `keep_noise` says whether Langevin noise stays in the candidate or is added to this step's embedding only. A
+    candidate starts from noise, from zeros, or (with any other `start`) from its own of the `guesses`, to which noise
+    of `start_std` is added.
     """
 
     def __init__(
@@ -182,19 +185,41 @@ class ContinuousSpace:
         width: int,
         projection: nn.Linear | None = None,
         keep_noise: bool = True,
-        start: Literal["noise", "zeros"] = "noise",
+        start: Literal["noise", "zeros", "newest", "hidden"] = "noise",
         start_std: float = 1.0,
+        guesses: Float[Tensor, "*batch size"] | None = None,
     ):
         self.width = width
         self.projection = projection
         self.keep_noise = keep_noise
         self.start_kind = start
         self.start_std = start_std
+        self.guesses = guesses
         self.noise_width = width if keep_noise or projection is None else projection.out_features
 
+    def with_guesses(self, guesses: Float[Tensor, "*batch size"] | None) -> "ContinuousSpace":
+        "Return the same space, whose candidates start from these guesses if its start is one."
+        space = copy.copy(self)
+        space.guesses = guesses
+        return space
+
     def start(self, rng: RandomKeys, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch size"]:
-        "Return the first candidates, one for every key."
-        return initial_candidates(rng, self.width, self.start_kind, self.start_std, dtype)
+        """Return the first candidates, one for every key.
+
+        Raises ValueError where candidates start from guesses and the space has none.
+        """
+        if self.start_kind in ("noise", "zeros"):
+            return initial_candidates(rng, self.width, self.start_kind, self.start_std, dtype)
+        if self.guesses is None:
+            raise ValueError(f"candidates start from guesses ({self.start_kind}): bind a context with `with_guesses`")
+        guesses = self.guesses.to(dtype).expand(*rng.first_word.shape, self.width)
+        if not self.start_std:
+            return guesses
+        return guesses + initial_candidates(rng, self.width, "noise", self.start_std, dtype)
+
+    def frames(self, candidate: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+        "Return the frames that candidates stand for: here, themselves."
+        return candidate
 
     def enter(
         self, candidate: Float[Tensor, "*batch size"], noise: Float[Tensor, "*batch noise"] | None = None

@@ -185,12 +185,14 @@ class TrainingModule(PretrainedModule, MetricsModule):
     Attributes:
         unit_name: what is counted and scored, such as 'tokens' or 'images'.
         sample_name: what a row of a batch is, such as 'sequences' or 'images'.
+        inspection: the experiment that shows the data.
         tokenizer: name and fingerprint, for checkpoints.
         encoders: the same of what encoded 'images' and 'captions'.
     """
 
     unit_name: str
     sample_name: str
+    inspection: str = "inspect_data"
 
     def __init__(self, config: RunConfig, model: nn.Module, descent: Descent | None = None):
         super().__init__(model, descent)

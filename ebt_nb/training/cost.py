@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rule', 'Kind', 'Precision', 'FLOP_FORMULAS', 'BenchmarkShape', 'build_benchmark_module', 'random_batch',
-           'forward_and_backward', 'count_flops', 'training_flops_per_token', 'minimum_flops', 'measure_seconds',
+           'forward_and_backward', 'count_flops', 'training_flops_per_unit', 'minimum_flops', 'measure_seconds',
            'measure_matmul_rate', 'compare_training_steps', 'measure_step_memory']
 
 # %% ../../nbs/training/15_cost.ipynb #87458d41
@@ -24,9 +24,9 @@ from ..config.kinds import RunConfig
 from ..config.models import Conditioning
 from ..config.overrides import build_config, override_config
 from ..config.presets import guess_recipe
-from .base import Batch
-from .build import build_module
-from .language import LanguageModule
+from .base import Batch, TrainingModule
+from .build import build_module, get_model_kind
+from .language import LanguageModule, random_token_batch
 
 # %% ../../nbs/training/15_cost.ipynb #f0d8d121
 Rule = Literal["probabilities", "embedding"]
@@ -89,14 +89,13 @@ def build_benchmark_module(
 
 def random_batch(shape: BenchmarkShape, device: str = "cpu") -> Batch:
     "Return a batch of random tokens, always the same."
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(shape.vocab, (shape.batch, shape.context + 1), generator=generator).to(device)
-    return dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(shape.batch, device=device))
+    batch = random_token_batch(shape.vocab, shape.batch, shape.context)
+    return {name: values.to(device) for name, values in batch.items()}
 
 
-def forward_and_backward(module: LanguageModule, batch: Batch, precision: Precision = "32-true") -> float:
+def forward_and_backward(module: TrainingModule, batch: Batch, precision: Precision = "32-true") -> float:
     "Compute a loss and its gradients, as Lightning does; return the loss. The gradients stay on the weights."
-    with torch.autocast(batch["inputs"].device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+    with torch.autocast(batch["index"].device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         loss = module.compute_objective(batch, 0).loss
     loss.backward()
     return loss.item()
@@ -128,13 +127,10 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 # %% ../../nbs/training/15_cost.ipynb #99082f7c
-def training_flops_per_token(config: RunConfig) -> float:
-    "Return the floating-point operations per token of a training step on text, counted on one row."
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.model.vocab_size, (1, config.data.context + 1), generator=generator)
-    batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(1))
-    module = build_module(config)
-    return count_flops(lambda: forward_and_backward(module, batch)) / config.data.context
+def training_flops_per_unit(config: RunConfig) -> float:
+    "Return the floating-point operations per token, image or frame of a training step, counted on one row of noise."
+    module, batch = build_module(config), get_model_kind(config).example_batch(config, 1)
+    return count_flops(lambda: forward_and_backward(module, batch)) / module.num_units(batch)
 
 
 def minimum_flops(shape: BenchmarkShape, kind: Kind = "ebt") -> float:

@@ -26,11 +26,9 @@ from ..config.metrics import check_metric, is_higher_better
 from ..config.overrides import override_config
 from ..config.update_size import batches_per_update, count_processes, samples_per_update
 from ..data.cache import log_line
-from ..data.image_loaders import ImageDataModule
-from ..data.registry import build_data_module
-from ..data.text_loaders import TextDataModule
+from ..data.registry import DataModule, build_data_module
 from ..runs.addresses import find_checkpoint
-from ..runs.files import write_atomically
+from ..runs.files import format_bytes, write_atomically
 from ..runs.folders import Run
 from ..runs.metrics import MetricsFile
 from ..thinking.replay import replay_bytes
@@ -38,7 +36,7 @@ from .base import TrainingModule
 from .build import build_module, compiles_steps, get_model_kind, load_initial_weights
 from .callbacks import Console, MetricsRecorder, ProgressReporter, build_named_callbacks, quiet_lightning
 from .checkpoint_saving import CheckpointSaver, StopSignals
-from .estimate import check_cache_space, check_memory_and_disk, format_bytes
+from .estimate import check_cache_space, check_memory_and_disk
 from .profiling import LoopProfiler, ProfileReporter, build_profiler
 from ebt_nb.training.run_folder import (
     close_status,
@@ -65,7 +63,7 @@ from ebt_nb.training.trainer import (
 # %% ../../nbs/training/21_fit.ipynb #e803a859
 def prepare_training(
     config: RunConfig, single_process: bool = False
-) -> tuple[pl.Trainer, TextDataModule | ImageDataModule, list[pl.Callback]]:
+) -> tuple[pl.Trainer, DataModule, list[pl.Callback]]:
     """Return a trainer, prepared data and the named callbacks, before a run folder is made.
 
     With `single_process` the trainer has one process and the devices of the configuration are only checked: for a
@@ -193,7 +191,7 @@ def run_training(
     run: Run,
     config: RunConfig,
     module: TrainingModule,
-    data: TextDataModule | ImageDataModule,
+    data: DataModule,
     callbacks: Sequence[pl.Callback],
     checkpoint: Path | None,
     step: int,

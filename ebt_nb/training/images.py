@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['uses_captions', 'build_image_network', 'image_space', 'image_rng', 'calibrate_image_energy_head',
            'restoration_objective', 'psnr', 'ImageModule', 'EnergyImageModule', 'image_candidate_shape',
-           'image_replay_fields', 'DiffusionModule', 'build_image_module']
+           'image_example_batch', 'image_replay_fields', 'DiffusionModule', 'build_image_module']
 
 # %% ../../nbs/training/09_images.ipynb #5521b226
 from functools import cached_property
@@ -21,12 +21,12 @@ from ..config.thinking import ImageObjectiveConfig
 from ..models.diffusion import GaussianDiffusion, guided_noise_model
 from ..models.dit import DiT
 from ..models.image_energy import BidirectionalEBT, initialise_image_energy_as_published
-from ..thinking.descent import Descent, pad_with_last
+from ..thinking.descent import Descent
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import ImageSpace
-from ..thinking.verify import think
 from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap
 from .losses import ObjectiveOutput
+from .objectives import first_move_std, regression_objective
 from .training_step import KeepCandidates
 
 # %% ../../nbs/training/09_images.ipynb #2d9c549a
@@ -76,12 +76,10 @@ def calibrate_image_energy_head(model: BidirectionalEBT, config: RunConfig, samp
     Returns the standard deviation before.
     """
     rng, space = image_rng(config.run.seed, torch.arange(samples)), image_space(model, config)
-    plain = dict(clamp=None, noise=0.0, learn_noise=False, curvature=None)
-    descent = Descent(config.thinking.model_copy(update=plain)).eval()
     start = rng.for_purpose("calibration").normal(space.width, model.energy_head.weight.dtype)
     captions = start.new_zeros(samples, config.encoder.caption_width) if uses_captions(config) else samples
     energy = model.condition_on(model.observe(captions))
-    std = (descent(energy, space, start, rng, [0], differentiable=False).prediction - start).std().item()
+    std = first_move_std(energy, space, config.thinking, start)
     model.energy_head.weight.mul_(config.model.first_step_std / std)
     return std
 
@@ -105,18 +103,19 @@ def restoration_objective(
     `differentiable` the prediction is that outside training, of several samples if the descent says so. The trace has
     the candidates named by `keep_candidates`.
     """
-    schedule = descent.draw_schedule() if schedule is None else schedule
     energy = model.condition_on(model.observe(len(clean) if captions is None else captions))
-    if differentiable:
-        trace = descent(energy, space, start, rng, schedule, dtype=clean.dtype)
-    else:
-        trace = think(energy, space, descent, rng, start, clean.dtype, schedule, evaluate_energies=False).trace
-    losses = [F.smooth_l1_loss(candidate, clean) for candidate in trace.candidates[1:]]
-    losses = pad_with_last(losses, len(schedule))
-    loss, trace = torch.stack(losses).mean() if objective.steps == "mean" else losses[-1], trace.detach()
-    if keep_candidates != "all":
-        trace.candidates = trace.candidates[-1:] if keep_candidates == "last" else []
-    return ObjectiveOutput(loss, [step_loss.detach() for step_loss in losses], trace)
+    return regression_objective(
+        energy,
+        space,
+        descent,
+        clean,
+        rng,
+        objective.steps,
+        schedule,
+        start,
+        differentiable=differentiable,
+        keep_candidates=keep_candidates,
+    )
 
 # %% ../../nbs/training/09_images.ipynb #e8c9ecfe
 def psnr(prediction: Float[Tensor, "batch size"], clean: Float[Tensor, "batch size"]) -> Float[Tensor, "batch"]:
@@ -128,6 +127,7 @@ class ImageModule(TrainingModule):
     "The base of modules of image models; subclasses define `compute_objective` and `validation_metrics`."
 
     unit_name = sample_name = "images"
+    inspection = "inspect_images"
     model_kinds = ("image_ebt", "dit")
 
     @classmethod
@@ -265,6 +265,15 @@ def image_candidate_shape(config: RunConfig) -> tuple[int, int]:
     "Return the number of patches of an image, and of numbers in each."
     channels, side = config.image_shape
     return (side // config.model.patch) ** 2, channels * config.model.patch**2
+
+
+def image_example_batch(config: RunConfig, rows: int) -> Batch:
+    "Return a batch as the data module serves them, of noise."
+    (channels, side), generator = config.image_shape, torch.Generator().manual_seed(0)
+    batch = dict(image=torch.randn(rows, channels, side, side, generator=generator), index=torch.arange(rows))
+    if uses_captions(config):
+        batch["caption"] = torch.randn(rows, config.encoder.caption_width, generator=generator)
+    return batch
 
 
 def image_replay_fields(config: RunConfig) -> ReplayFields:

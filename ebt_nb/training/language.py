@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_language_network', 'prediction_space', 'random_token_loss', 'calibrate_energy_head', 'build_language_model',
            'perplexity', 'LanguageModule', 'EnergyLanguageModule', 'text_candidate_shape', 'text_replay_fields',
-           'TransformerLanguageModule', 'build_language_module']
+           'random_token_batch', 'text_example_batch', 'TransformerLanguageModule', 'build_language_module']
 
 # %% ../../nbs/training/08_language.ipynb #45f9550e
 import math
@@ -295,6 +295,17 @@ def text_replay_fields(config: RunConfig) -> ReplayFields:
         "index": ((), torch.int64),
         "candidate": (text_candidate_shape(config), precision),
     }
+
+# %% ../../nbs/training/08_language.ipynb #d025e4d4
+def random_token_batch(vocab_size: int, rows: int, context: int) -> Batch:
+    "Return a batch of random tokens, always the same."
+    tokens = torch.randint(vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(0))
+    return dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], index=torch.arange(rows))
+
+
+def text_example_batch(config: RunConfig, rows: int) -> Batch:
+    "Return a batch as the data module serves them, of random tokens."
+    return random_token_batch(config.model.vocab_size, rows, config.data.context)
 
 # %% ../../nbs/training/08_language.ipynb #f93cd81d
 class TransformerLanguageModule(LanguageModule):

@@ -134,7 +134,7 @@ class OverfitResult:
         loss, chance = self.rows[-1]["loss"], f"the loss at chance is {self.chance_loss:.3g}"
         if self.reached_at_update:
             return f"memorised: loss {loss:.4f} at update {self.reached_at_update} ({self.seconds:.0f} s); {chance}"
-        experiment = "inspect_images" if self.module.unit_name == "images" else "inspect_data"
+        experiment = self.module.inspection
         remedies = ["more updates", "another optim.peak_lr"]
         if self.config.is_energy_model:
             remedies.append("less thinking.noise")

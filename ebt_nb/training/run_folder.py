@@ -20,8 +20,7 @@ from ..config.errors import WorkbenchError
 from ..config.kinds import RunConfig, config_fields
 from ..config.overrides import differing_keys
 from ..config.validation import validate_config
-from ..data.image_loaders import ImageDataModule
-from ..data.text_loaders import TextDataModule
+from ..data.registry import DataModule
 from ..runs.files import RunError, write_atomically
 from ..runs.folders import Run
 from ..runs.metrics import MetricsFile
@@ -64,9 +63,7 @@ KEYS_FIXED_ON_RESUME = [
 ]
 
 
-def check_resumable(
-    path: Path, checkpoint: dict[str, Any], config: RunConfig, data: TextDataModule | ImageDataModule
-) -> None:
+def check_resumable(path: Path, checkpoint: dict[str, Any], config: RunConfig, data: DataModule) -> None:
     "Raise CheckpointError or DataError when a checkpoint cannot be resumed with this configuration and data."
     check_tokenizer(path, checkpoint, data.tokenizer)
     saved_config = validate_config(checkpoint["config"])
@@ -83,7 +80,7 @@ def check_resumable(
 
 # %% ../../nbs/training/19_run_folder.ipynb #8d05ea1b
 def find_start_checkpoint(
-    config: RunConfig, run: Run | None, resume: bool | str, data: TextDataModule | ImageDataModule
+    config: RunConfig, run: Run | None, resume: bool | str, data: DataModule
 ) -> tuple[Path | None, int]:
     """Return the checkpoint to resume from and its step; (None, 0) for a run without a checkpoint.
 
