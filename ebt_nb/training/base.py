@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from ..compute.graph import find_missing_compiler
+from ..compute.graph import GraphCache, find_missing_compiler
 from ..compute.rng import RandomKeys
 from ..compute.sharding import clip_gradient_norm, local_gradients, shard_parameters
 from ..config.errors import ConfigError
@@ -201,6 +201,12 @@ class TrainingModule(PretrainedModule, MetricsModule):
         self.logs_clipped_share = config.trainer.log_clipped_share
         self.tokenizer: dict[str, str] | None = None
         self.encoders: dict[str, dict[str, str]] = {}
+        self._graph_cache = GraphCache()
+
+    @property
+    def step_graphs(self) -> GraphCache | None:
+        "Where training steps are recorded as graphs; None where they run eagerly. For kinds that support it."
+        return self._graph_cache if resolve_compile(self.config, self.device.type) else None
 
     def batch_rng(self, batch: Batch, micro_step: int | None = None) -> RandomKeys:
         "Return the random keys of a batch: by seed and sample, in training by micro-step too."
