@@ -77,12 +77,11 @@ def prepare_training(
     callbacks = build_named_callbacks(config)
     build_strategy(config)
     batches_per_update(config)
-    trainer_config = config
+    changes = {"trainer.strategy": "auto"}  # there is no model yet that could be divided
     if single_process:
-        changes = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto"}
+        changes |= {"trainer.devices": 1, "trainer.nodes": 1}
         changes |= {"data.effective_batch": None, "optim.lr_scaling": False}
-        trainer_config = override_config(config, changes)
-    trainer = build_trainer(trainer_config, Path(), [])
+    trainer = build_trainer(override_config(config, changes), Path(), [])
     device = trainer.strategy.root_device.type
     check_devices(config, device)
     compiles_steps(config, device)
