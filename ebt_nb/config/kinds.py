@@ -40,8 +40,8 @@ from ebt_nb.config.models import (
 from ebt_nb.config.sections import (
     CompiledTrainerConfig,
     EnergyLanguageTrainerConfig,
-    ImageTrainerConfig,
     EnergyOptimConfig,
+    ImageTrainerConfig,
     OptimConfig,
     RunSection,
     Section,
