@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
-import ebt_nb.cli.main  # noqa: F401  registers the commands
 from ebt_nb.cli.commands import parse_arguments
-=======
 from ebt_nb.cli.main import main
->>>>>>> 7370fa01472dc388f98bace0c42a2192878d31bc
 from ebt_nb.config.overrides import build_config
 from ebt_nb.data.question_sets import QUESTION_SETS
 from ebt_nb.inference.loading import override_inference_config

@@ -24,6 +24,7 @@ from ebt_nb.config.data import (
     EnergyNoiseConfig,
     FrameEncoderConfig,
     ImageDataConfig,
+    ImageEncoderConfig,
     QuestionDataConfig,
     TextDataConfig,
     VideoDataConfig,
@@ -190,6 +191,14 @@ class EnergyLanguageConfig(LanguageConfig):
         return self
 
 # %% ../../nbs/config/05_kinds.ipynb #bab7ba3f
+def _check_latents_fit(encoder: ImageEncoderConfig, size: int) -> None:
+    if encoder.images != "none" and size % encoder.latent_factor:
+        raise ValueError(
+            f"data.image_size: {size} pixels cannot be divided into latents of {encoder.latent_factor} pixels "
+            "(encoder.latent_factor); choose a multiple of it"
+        )
+
+
 class ImageConfig(RunConfig):
     "A run of a model of images."
 
@@ -212,11 +221,7 @@ class ImageConfig(RunConfig):
         unit = "data.image_size"
         if self.encoder.images != "none":
             unit = "data.image_size / encoder.latent_factor"
-            if size % factor:
-                raise ValueError(
-                    f"data.image_size: {size} pixels cannot be divided into latents of {factor} pixels "
-                    "(encoder.latent_factor); choose a multiple of it"
-                )
+            _check_latents_fit(self.encoder, size)
         side, patch = self.image_shape[1], self.model.patch
         if side % patch:
             problem = "is smaller than a patch" if patch > side else "cannot be divided into patches"
@@ -293,13 +298,8 @@ class VideoConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_size(self):
-        encoder, size = self.encoder, self.data.image_size
-        if encoder.images != "none" and size % encoder.latent_factor:
-            raise ValueError(
-                f"data.image_size: {size} pixels cannot be divided into latents of {encoder.latent_factor} pixels "
-                "(encoder.latent_factor); choose a multiple of it"
-            )
-        if encoder.images != "none" and self.data.decode == "on_the_fly":
+        _check_latents_fit(self.encoder, self.data.image_size)
+        if self.encoder.images != "none" and self.data.decode == "on_the_fly":
             raise ValueError(
                 "data.decode: encoders run before training (`ebt encode`), not while clips are read; set "
                 "data.decode=once, or encoder.images=none"
