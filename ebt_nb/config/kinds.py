@@ -217,11 +217,8 @@ class ImageConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_patches(self):
-        size, factor = self.data.image_size, self.encoder.latent_factor
-        unit = "data.image_size"
-        if self.encoder.images != "none":
-            unit = "data.image_size / encoder.latent_factor"
-            _check_latents_fit(self.encoder, size)
+        _check_latents_fit(self.encoder, self.data.image_size)
+        unit = "data.image_size" + (" / encoder.latent_factor" if self.encoder.images != "none" else "")
         side, patch = self.image_shape[1], self.model.patch
         if side % patch:
             problem = "is smaller than a patch" if patch > side else "cannot be divided into patches"
