@@ -5,6 +5,7 @@ Everything else is as with the installed command, which each file of tests also 
 
 import os
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,22 @@ class Forker:
             out, err = Path(folder, "out"), Path(folder, "err")
             code = self.wait(self.start(*words, out=out, err=err, **options))
             return code, out.read_text(), err.read_text()
+
+    def run_ranks(self, *words, **options) -> list[tuple[int, str, str]]:
+        "Run a command as the two ranks of a launcher; return exit code, output and errors of each."
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        with tempfile.TemporaryDirectory() as folder:
+            ids, files = [], []
+            for rank in ("0", "1"):
+                names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test")
+                environment = names | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                out, err = Path(folder, f"out{rank}"), Path(folder, f"err{rank}")
+                files.append((out, err))
+                ids.append(self.start(*words, out=out, err=err, environment=environment, **options))
+            codes = [self.wait(pid) for pid in ids]
+            return [(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, files)]
 
     def close(self) -> None:
         "End the process that forks."

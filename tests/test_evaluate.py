@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -187,25 +186,8 @@ SHARED = ["-p", "trainer.devices=2"]
 
 @pytest.fixture
 def evaluate_on_ranks(forker, home):
-    "Start `ebt evaluate` as the two ranks of a launcher: exit code, output and errors of each."
-
-    def call(*words):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        files, ids = [], []
-        for rank in ("0", "1"):
-            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test")
-            files.append((home / f"out-{rank}", home / f"err-{rank}"))
-            for file in files[-1]:
-                file.write_text("")
-            out, err = files[-1]
-            words_of_rank = ["evaluate", *words, *SHARED]
-            ids.append(forker.start(*words_of_rank, cwd=home, out=out, err=err, environment=names | address))
-        codes = [forker.wait(pid) for pid in ids]
-        return [(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, files)]
-
-    return call
+    "Run `ebt evaluate` as two ranks: exit code, output and errors of each."
+    return lambda *words: forker.run_ranks("evaluate", *words, *SHARED, cwd=home)
 
 
 @pytest.mark.parametrize(

@@ -62,18 +62,13 @@ def small_config(folder, processes, **changes):
     )
 
 
-def run_two_ranks(script, *words):
-    "Run a script in two processes that torchrun starts; return them, ended."
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*torchrun, str(script), *map(str, words)], capture_output=True, text=True, timeout=300)
-
-
 def test_two_processes_are_one(tmp_path):
     one_process = fit(small_config(tmp_path, 1), progress="none")
     script, config_file = tmp_path / "script.py", tmp_path / "two.yaml"
     script.write_text(FIT_WITH_INTERRUPT)
     config_file.write_text(small_config(tmp_path, 2, **{"trainer.callbacks": ["interrupt"]}).to_yaml())
-    process = run_two_ranks(script, config_file)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run([*torchrun, str(script), str(config_file)], capture_output=True, text=True, timeout=120)
     run, *others = [found for found in find_runs(tmp_path / "runs") if found.dir != one_process.dir]
     assert run.status == "interrupted" and not others, process.stderr
     checkpoint = read_checkpoint(run.checkpoint())
@@ -91,17 +86,7 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-RESUME = """
-import sys
-from ebt_nb.config.overrides import load_config
-from ebt_nb.runs.folders import Run
-from ebt_nb.training.fit import fit
-
-fit(load_config(sys.argv[1]), Run.open(sys.argv[2]), resume=True, progress="plain")
-"""
-
-
-def test_a_divided_model_is_one(tmp_path):
+def test_a_divided_model_is_one(tmp_path, forker):
     """Two processes that divide an energy model resume what one began, and one goes on.
 
     Losses, gradient norms and weights are those of one process: through the second order of the training step, and for
@@ -116,12 +101,10 @@ def test_a_divided_model_is_one(tmp_path):
     changes |= {"trainer.log_every": 1, "trainer.gradient_clip_norm": 0.5}
     expected = fit(small_config(tmp_path, 1, **changes, **{"trainer.max_steps": 6}), progress="none")
     run = fit(small_config(tmp_path, 1, **changes, **{"trainer.max_steps": 2}), progress="none")
-    script, config_file = tmp_path / "script.py", tmp_path / "two.yaml"
-    script.write_text(RESUME)
-    divided = {"trainer.strategy": "fsdp", "trainer.max_steps": 4}
-    config_file.write_text(small_config(tmp_path, 2, **changes, **divided).to_yaml())
-    process = run_two_ranks(script, config_file, run.dir)
-    assert process.returncode == 0, process.stderr
+    divided = ["trainer.devices=2", "data.batch_size=4", "trainer.strategy=fsdp", "trainer.max_steps=4"]
+    words = ["train", "--resume", run.dir, "--as-rank", *(word for setting in divided for word in ("-p", setting))]
+    for code, _out, err in forker.run_ranks(*words):
+        assert code == 0, err
     assert read_checkpoint(run.checkpoint())["global_step"] == 4
     fit(small_config(tmp_path, 1, **changes, **{"trainer.max_steps": 6}), run, resume=True, progress="none")
     rows, expected_rows = ([row for row in one.metrics if "train/loss" in row] for one in (run, expected))
