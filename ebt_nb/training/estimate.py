@@ -9,7 +9,6 @@ __all__ = ['OPTIMIZER_STATES', 'free_memory', 'ResourceEstimate', 'estimate_reso
 
 # %% ../../nbs/training/16_estimate.ipynb #9e0a3cbf
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
