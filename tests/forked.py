@@ -28,7 +28,8 @@ class Forker:
     "Starts `ebt` commands, each in a session of its own, and waits for them."
 
     def __init__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        environment["OMP_NUM_THREADS"] = "1"
         path = os.pathsep.join(filter(None, (TESTS, environment.get("PYTHONPATH"))))
         modules = ("ebt_nb.jobs.notebook_jobs", "ebt_nb.inference.evaluate", "ebt_nb.inference.generate")
         self.environment = environment | {"PYTHONPATH": path}

@@ -6,6 +6,7 @@ set -uo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 unset PYTHONDONTWRITEBYTECODE    # else every process compiles what it imports, which takes longer than most tests
+export OMP_WAIT_POLICY=passive    # as in `ebt`: a thread that waits leaves its core to the other test process
 bash job_scripts/setup.sh || exit 1
 
 work=$(mktemp -d)

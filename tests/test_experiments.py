@@ -38,6 +38,17 @@ IMAGES = {
     "trainer.log_every": 1,
     "optim.warmup_steps": 1,
 }
+VIDEO = IMAGES | {
+    "data.image_size": 8,
+    "data.context": 6,
+    "data.max_documents": 8,
+    "seeds": 1,
+    "limit": 8,
+    "steps": 3,
+    "condition": 2,
+    "frames": 4,
+    "rollout_clips": 2,
+}
 THINK = {
     "seeds": [1],
     "sources": ["austen"],
@@ -101,6 +112,7 @@ EXPERIMENTS = {
         r"nearer to its own target",
         5,
     ),
+    "video": ("video/quickstart", VIDEO, r"AUROC of final energy \(energy model\): occluded 0\.\d\d", 11),
     "shipped_models": (
         "text/quickstart",
         TEXT | {"rows": 2},

@@ -10,10 +10,17 @@ from pathlib import Path
 
 import pytest
 
+<<<<<<< HEAD
+import ebt_nb.cli.main  # noqa: F401  registers the commands
+from ebt_nb.cli.commands import parse_arguments
+=======
+from ebt_nb.cli.main import main
+>>>>>>> 7370fa01472dc388f98bace0c42a2192878d31bc
 from ebt_nb.config.overrides import build_config
 from ebt_nb.data.question_sets import QUESTION_SETS
 from ebt_nb.inference.loading import override_inference_config
 from ebt_nb.runs.addresses import find_runs
+from ebt_nb.runs.folders import Run
 from ebt_nb.training.checkpoints import read_checkpoint
 
 SMALL = {
@@ -35,33 +42,85 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def checkout(root, tmp_path):
+    "The job scripts with a stand-in of `ebt`, which prints its words in a line and refuses to measure gsm8k."
+    shutil.copytree(root / "job_scripts", tmp_path / "job_scripts")
+    (tmp_path / "job_scripts/setup.sh").write_text("")
+    stand_in = tmp_path / ".venv/bin/ebt"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text('#!/bin/bash\nprintf "%s|" "$@"\necho\n[[ " $* " != *" gsm8k "* ]]\n')
+    stand_in.chmod(0o755)
+
+    def call(script, *words, **variables):
+        return subprocess.run(
+            ["bash", tmp_path / f"job_scripts/{script}.sh", *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | variables,
+        )
+
+    return call
+
+
+@pytest.fixture
+def run_script(checkout, tmp_path, monkeypatch, capsys):
+    "A function that runs a script, and in this process the commands of `ebt` that it calls; it returns their output."
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *words):
+        called = checkout(script, *words)
+        assert called.returncode == 0, called.stderr
+        for command in called.stdout.splitlines():
+            code = main(command.split("|")[:-1])
+            assert code == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def arguments(folder: Path, settings: dict) -> list[str]:
+    "Settings as arguments, with runs and caches below `folder`."
+    settings = settings | {"run.runs_dir": folder / "runs", "data.cache_dir": folder / "cache"}
+    return [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
+
+
+def check_run(folder: Path, preset: str) -> Run:
+    "Check that there is one run of a preset, trained for one update, and return it."
+    [run] = find_runs(folder / "runs")
+    assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
+    return run
+
+
 @pytest.mark.parametrize(
     "script, preset, extra",
     [
-        ("ebt", "text/ebt", {}),
         ("ebt_s1", "text/ebt_s1", {}),
         ("ebt_s2", "text/ebt_s2", {"thinking.replay": 4}),
         ("baseline_transformer", "text/transformer", {}),
-        ("ebt_s1_mn", "text/ebt_s1", {"GPUS": 2}),
     ],
 )
-def test_pretraining(script, preset, extra, root, tmp_path):
+def test_pretraining(script, preset, extra, run_script, tmp_path):
+    printed = run_script(f"nlp/pretrain/{script}", *arguments(tmp_path, SMALL | extra))
+    check_run(tmp_path, preset)
+    assert "x 2 accumulated x 1 processes = 8 sequences" in printed
+
+
+@pytest.mark.parametrize(
+    "script, preset, processes, batch",
+    [
+        ("ebt", "text/ebt", 1, "x 2 accumulated x 1 processes = 8 sequences"),
+        ("ebt_s1_mn", "text/ebt_s1", 2, "x 1 accumulated x 2 processes = 8 sequences"),
+    ],
+)
+def test_pretraining_in_this_checkout(script, preset, processes, batch, root, tmp_path):
+    "With its setup.sh and the installed command."
     if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file():
         pytest.skip("these tests do not run in the .venv that setup.sh made")
-    settings = (
-        SMALL
-        | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"}
-        | {k: v for k, v in extra.items() if "." in k}
-    )
-    words = [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
-    environment = (
-        os.environ
-        | {"CUDA_VISIBLE_DEVICES": "", "MASTER": "localhost:0"}
-        | {k: str(v) for k, v in extra.items() if "." not in k}
-    )
     done = subprocess.run(
-        ["bash", root / f"job_scripts/nlp/pretrain/{script}.sh", *words],
-        env=environment,
+        ["bash", root / f"job_scripts/nlp/pretrain/{script}.sh", *arguments(tmp_path, SMALL)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "MASTER": "localhost:0", "GPUS": str(processes)},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -69,12 +128,8 @@ def test_pretraining(script, preset, extra, root, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    [run] = find_runs(tmp_path / "runs")
-    assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
-    if "GPUS" in extra:
-        assert "x 1 accumulated x 2 processes = 8 sequences" in done.stdout
-    else:
-        assert "x 2 accumulated x 1 processes = 8 sequences" in done.stdout
+    check_run(tmp_path, preset)
+    assert batch in done.stdout
 
 
 IMAGES = {
@@ -103,60 +158,28 @@ IMAGES = {
         ("pretrain_t2i/ebt_s1", "image/t2i_ebt_s1", {"model.patch": 1}),
     ],
 )
-def test_images(script, preset, extra, root, tmp_path):
+def test_images(script, preset, extra, run_script, tmp_path):
     "One script trains a model (after encoding, if needed), and another one uses it."
-    if Path(sys.prefix) != root / ".venv" or not (root / ".venv/.set-up").is_file():
-        pytest.skip("these tests do not run in the .venv that setup.sh made")
-    settings = IMAGES | {"run.runs_dir": tmp_path / "runs", "data.cache_dir": tmp_path / "cache"} | extra
-    words = [word for key, value in settings.items() for word in ("-p", f"{key}={value}")]
-
-    def bash(name, *words):
-        done = subprocess.run(
-            ["bash", root / f"job_scripts/img/{name}.sh", *map(str, words)],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    printed = bash(script, *words)
-    [run] = find_runs(tmp_path / "runs")
-    assert run.status == "done" and run.name == preset and run.metrics[-1]["step"] == 1
+    printed = run_script(f"img/{script}", *arguments(tmp_path, IMAGES | extra))
+    run = check_run(tmp_path, preset)
     if preset == "image/t2i_ebt_s1":
-        assert (
-            "-encoded" in printed
-            and bash("inference/draw", f"{run.dir}:last", "--caption", "red apple", "--to", "apple.png").startswith(
-                "apple.png"
-            )
-            and (tmp_path / "apple.png").stat().st_size > 100
-        )
+        assert "-encoded" in printed
+        words = (f"{run.dir}:last", "--caption", "red apple", "--to", "apple.png")
+        assert run_script("img/inference/draw", *words).startswith("apple.png")
+        assert (tmp_path / "apple.png").stat().st_size > 100
         encoder_names = {
             name: about["name"] for name, about in read_checkpoint(run.checkpoint("last"))["encoders"].items()
         }
         assert encoder_names == {"images": "small_vae", "captions": "minilm"}
-    else:
-        settings = ["-p", "inference.steps=10"]
-        if preset == "image/denoise_dit":
-            settings = ["-p", "diffusion.sampling_steps=10", "-p", "diffusion.recursion=1"]
-        shown = bash(
-            "inference/denoise",
-            f"{run.dir}:last",
-            "--limit",
-            4,
-            "--visualize",
-            "drawn",
-            *settings,
-        )
-        level, drawn = run.config.diffusion.level, {path.name for path in (tmp_path / "drawn").iterdir()}
-        assert (
-            f"| {level:g} | 3 | 1 |" in shown
-            and f"| {2 * level:g} | 10 | 1 |" in shown
-            and {"restored_images.png", f"quality_at_{level:g}.png"} <= drawn
-        )
+        return
+    settings = ["-p", "inference.steps=10"]
+    if preset == "image/denoise_dit":
+        settings = ["-p", "diffusion.sampling_steps=10", "-p", "diffusion.recursion=1"]
+    words = (f"{run.dir}:last", "--limit", 4, "--visualize", "drawn", *settings)
+    shown = run_script("img/inference/denoise", *words)
+    level, drawn = run.config.diffusion.level, {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert f"| {level:g} | 3 | 1 |" in shown and f"| {2 * level:g} | 10 | 1 |" in shown
+    assert {"restored_images.png", f"quality_at_{level:g}.png"} <= drawn
 
 
 def test_scripts_that_sbatch_starts_mark_their_job(root):
@@ -167,28 +190,6 @@ def test_scripts_that_sbatch_starts_mark_their_job(root):
     assert lines
     for line, path in lines.items():
         assert "= slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; " in line, path
-
-
-@pytest.fixture
-def checkout(root, tmp_path):
-    "The job scripts with a stand-in of `ebt`, which prints its words and refuses to measure gsm8k."
-    shutil.copytree(root / "job_scripts", tmp_path / "job_scripts")
-    (tmp_path / "job_scripts/setup.sh").write_text("")
-    stand_in = tmp_path / ".venv/bin/ebt"
-    stand_in.parent.mkdir(parents=True)
-    stand_in.write_text('#!/bin/bash\nprintf "%s|" "$@"\n[[ " $* " != *" gsm8k "* ]]\n')
-    stand_in.chmod(0o755)
-
-    def call(script, *words, **variables):
-        return subprocess.run(
-            ["bash", tmp_path / f"job_scripts/{script}.sh", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | variables,
-        )
-
-    return call
 
 
 def test_benchmarks(checkout, tmp_path):
@@ -203,7 +204,7 @@ def test_benchmarks(checkout, tmp_path):
     assert called == (
         "evaluate|text/ebt_s1:best|--data|arc_easy_letters|--kind|questions|--split|test|--results|"
         "benchmarks/text_ebt_s1_best/arc_easy_letters.jsonl|--json|-p|inference.steps_per_landscape=2|"
-        "-p|inference.noise=1|--limit|5|"
+        "-p|inference.noise=1|--limit|5|\n"
     )
     assert "|--split|validation|" in (folder / "lambada.json").read_text()
     done = checkout("nlp/inference/baseline_transformer_benchmarks", "-p", "data.source=squad_v2")
@@ -222,9 +223,54 @@ def test_all_benchmarks_are_named_sets(root):
 def test_published_settings_of_images_are_accepted(checkout, script, preset):
     "The settings in the script fit a model of the kind that it evaluates."
     printed = checkout(f"img/inference/{script}", "a run:best", "--limit", "3").stdout.split("|")
-    assert printed[:2] == ["evaluate", "a run:best"] and printed[-3:] == ["--limit", "3", ""]
+    assert printed[:2] == ["evaluate", "a run:best"] and printed[-3:] == ["--limit", "3", "\n"]
     config = build_config("image/quickstart", {"model.kind": preset, "diffusion.steps": 100})
     settings = [word for flag, word in pairwise(printed) if flag == "-p"]
     changed = override_inference_config(config, settings)
     assert changed.diffusion.evaluation_levels == [0.2]
     assert preset == "image_ebt" or (changed.diffusion.first_step(0.2), changed.diffusion.recursion) == (199, 3)
+
+
+VIDEO_PRETRAINING = {
+    "ebt_s1": "video/ebt_s1",
+    "ebt_s2": "video/ebt_s2",
+    "baseline_transformer": "video/transformer",
+    "dinov2_ebt_s1": "video/dinov2_ebt_s1",
+    "dinov2_baseline_transformer": "video/dinov2_transformer",
+}
+
+
+@pytest.mark.parametrize("script, preset", VIDEO_PRETRAINING.items())
+def test_video_is_encoded_and_trained_with_the_same_settings(checkout, script, preset):
+    words = ["-p", "data.source=/some clips", "-p", "model.size=xs"]
+    done = checkout(f"vid/pretrain/{script}", *words)
+    passed_on = "|".join(["--preset", preset, *words])
+    assert done.returncode == 0 and done.stdout == f"encode|{passed_on}|train|{passed_on}|", done.stderr
+    config = build_config(preset, words[1::2])
+    assert config.run.name == preset and config.data.kind == "video" and config.encoder.images != "none"
+
+
+@pytest.mark.parametrize(
+    "script, preset, data",
+    [
+        ("rollout", "video/ebt_s1", None),
+        ("ssv2", "video/ebt_s1", "something-something-v2"),
+        ("k400", "video/ebt_s1", "kinetics-400"),
+        ("ssv2_best_of_4", "video/ebt_s2", "something-something-v2"),
+    ],
+)
+def test_rollouts_are_of_encoded_clips(checkout, script, preset, data):
+    "Clips of another source are encoded as the model's; words and settings are those that `ebt rollout` takes."
+    done = checkout(f"vid/inference/{script}", "--limit", "3")
+    *encoded, rolled_out = done.stdout.split("rollout|")
+    words = rolled_out.rstrip("|").split("|")
+    assert done.returncode == 0 and words[0] == f"{preset}:best" and words[-2:] == ["--limit", "3"], done.stderr
+    expected = "" if data is None else f"encode|--preset|{preset}|-p|data.source={data}|"
+    assert "".join(encoded) == expected
+    args = parse_arguments(["rollout", *words])
+    assert (args.data, args.condition, args.frames, args.limit) == (data, 4, 12, 3)
+    changed = override_inference_config(build_config(preset), args.settings)
+    assert changed.inference.samples == (4 if script == "ssv2_best_of_4" else 1)
+    named = checkout(f"vid/inference/{script}", "a run:best", DATA="/clips", PRESET="video/transformer").stdout
+    assert "rollout|a run:best|" in named and (data is None or "|--data|/clips|" in named)
+    assert data is None or named.startswith("encode|--preset|video/transformer|-p|data.source=/clips|")

@@ -313,10 +313,9 @@ def test_a_failed_job_says_where_and_how_to_resume(jobs):
             ["model.width=65536", "model.heads=1024", "model.layers=50"],
             r"data\.batch_size: [\d,]+ parameters .* are free\. Lower data\.batch_size",
         ),
-        (["trainer.strategy=fsdp"], r"trainer\.strategy: fsdp divides a model among GPUs, and this run is on a CPU"),
         (
-            ["trainer.strategy=fsdp", "trainer.devices=2"],
-            r"trainer\.strategy: fsdp divides a model among GPUs, and this run is on a CPU",
+            ["trainer.strategy=fsdp", "trainer.devices=2", "optim.name=muon"],
+            r"trainer\.strategy: fsdp divides the state of the optimiser, and optim\.name=muon computes with whole",
         ),
         (["trainer.nodes=2"], r"trainer\.nodes: 2 nodes are reached through Slurm"),
     ],

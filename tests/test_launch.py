@@ -1,6 +1,6 @@
 """`launch` starts ranks, shows their output, stops and resumes them, and leaves none of them behind.
 
-All processes are real: torchrun, gloo, papermill.
+All processes are real: torchrun, gloo, papermill. A launcher is forked where it need not be the installed command.
 """
 
 import os
@@ -124,7 +124,7 @@ def test_no_child_looks_for_modules_in_the_working_directory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
+def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path, forker):
     """`ebt train` with two devices is stopped by SIGUSR1, resumed and killed, and resumed on one device for the rest.
 
     The metrics are those of one process from beginning to end. All this happens in a session that is a Slurm job, which
@@ -132,19 +132,15 @@ def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
     """
     run = Run.create(tiny_config(tmp_path))
     session, here = make_session(tmp_path), make_shadowing_folder(tmp_path)
-
-    def resume():
-        return subprocess.Popen(
-            [EBT, "train", "--resume", run.dir],
-            env=session,
-            cwd=here,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    job = resume()
+    job = subprocess.Popen(
+        [EBT, "train", "--resume", run.dir],
+        env=session,
+        cwd=here,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_until(lambda: last_row(run) >= 8, "step 8")
     assert len(find_ranks(run)) == 2
     job.send_signal(signal.SIGUSR1)
@@ -156,10 +152,10 @@ def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
     first = read_checkpoint(run.checkpoint())["global_step"]
     assert run.status == "interrupted" and first == last_row(run) >= 8 and find_ranks(run) == []
 
-    job = resume()
+    job = forker.start("train", "--resume", run.dir, cwd=here, environment=session)
     wait_until(lambda: last_row(run) >= first + 10, "ten more steps")
-    os.killpg(job.pid, signal.SIGKILL)  # reaches neither torchrun nor the ranks, which have sessions of their own
-    job.communicate(timeout=300)
+    os.killpg(job, signal.SIGKILL)  # reaches neither torchrun nor the ranks, which have sessions of their own
+    assert forker.wait(job) == -signal.SIGKILL
     wait_until(lambda: not find_ranks(run), "end of the ranks")
     second = read_checkpoint(run.checkpoint())["global_step"]
     assert run.status == "interrupted" and second == last_row(run) > first
@@ -175,14 +171,13 @@ def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path):
         assert row["train/loss"] == pytest.approx(expected_row["train/loss"], rel=1e-3)
 
 
-def test_a_rank_that_fails_ends_all_of_them(tmp_path):
+def test_a_rank_that_fails_ends_all_of_them(tmp_path, forker):
     config = tiny_config(tmp_path, **{"thinking.step_size": 1e39, "model.init": "reference"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [EBT, "train", tmp_path / "config.yaml"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    code, _out, err = forker.run("train", tmp_path / "config.yaml")
     [run] = find_runs(tmp_path / "runs")
     message = rf"ebt: {run.dir}: failed \(DivergenceError.*\); .* `ebt train --resume {run.dir}`\n$"
-    assert done.returncode == 1 and re.match(message, done.stderr), done.stderr
+    assert code == 1 and re.match(message, err), err
     assert run.status == "failed" and "energy is not finite" in (run.dir / "process.log").read_text()
 
 
@@ -232,47 +227,39 @@ def experiment_arguments(config: RunConfig, names: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     "number, processes, names", [(signal.SIGUSR1, 2, ["first"]), (signal.SIGKILL, 1, ["first", "second"])]
 )
-def test_an_experiment_is_resumed_in_its_folder(tmp_path, number, processes, names):
+def test_an_experiment_is_resumed_in_its_folder(tmp_path, forker, number, processes, names):
     "A notebook that trains one or two models is stopped in the first. Run again, it ends as if uninterrupted."
     notebook = tmp_path / "pair.ipynb"
     write_experiment(notebook)
     arguments = experiment_arguments(tiny_config(tmp_path, processes), names)
-    job = subprocess.Popen(
-        [EBT, "run", notebook, *arguments, "--runs-dir", tmp_path / "runs"],
-        env=ENVIRONMENT,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    log = tmp_path / "log"
+    job = forker.start("run", notebook, *arguments, "--runs-dir", tmp_path / "runs", out=log)
     [status] = wait_until(lambda: list((tmp_path / "runs").rglob("first/status.json")), "run")
     folder = status.parents[1]
     first = Run.open(folder / "first")
     wait_until(lambda: last_row(first) >= 8, "step 8")
-    os.killpg(job.pid, number)
-    output = job.communicate(timeout=300)[0]
+    os.killpg(job, number)
+    code = forker.wait(job)
     if number == signal.SIGUSR1:
-        assert job.returncode == 130
-        assert f"ebt: pair: interrupted; resume with `ebt run {notebook} --folder {folder}`" in output
+        assert code == 130
+        assert f"ebt: pair: interrupted; resume with `ebt run {notebook} --folder {folder}`" in log.read_text()
         assert read_status(folder)["status"] == first.status == "interrupted"
     wait_until(lambda: not may_be_running(read_status(first.dir)), "end of the training")
     stopped_at = read_checkpoint(first.checkpoint())["global_step"]
-    command = [EBT, "run", notebook, "--folder", folder]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    code, out, err = forker.run("run", notebook, "--folder", folder)
+    assert code == 0, err
     assert (folder / "summary.txt").read_text() == " ".join("done" for _ in names)
     assert read_status(folder)["status"] == "done" and (folder / "report-1.ipynb").exists()
-    assert f"resumed at step {stopped_at}" in done.stdout
+    assert f"resumed at step {stopped_at}" in out
     assert [row["step"] for row in first.metrics if "train/loss" in row] == list(range(1, STEPS + 1))
     assert len(list((tmp_path / "runs").rglob("config.yaml"))) == len(names)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a GPU")
-@pytest.mark.parametrize("devices", sorted({1, min(2, torch.cuda.device_count())}))
-def test_fsdp_trains_as_one_device_does(tmp_path, devices):
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; test_processes does this on a CPU")
+def test_fsdp_trains_as_one_device_does(tmp_path):
     "Weights, gradients and optimiser state divided among GPUs: the same metrics, and a checkpoint that can be resumed."
     changes = {"trainer.accelerator": "gpu", "trainer.max_steps": 12, "trainer.compile": False, "trainer.val_every": 6}
-    fsdp = tiny_config(tmp_path, devices, **changes, **{"trainer.strategy": "fsdp"})
+    fsdp = tiny_config(tmp_path, 2, **changes, **{"trainer.strategy": "fsdp"})
     (tmp_path / "config.yaml").write_text(fsdp.to_yaml())
     command = [EBT, "train", tmp_path / "config.yaml", "-p", "trainer.max_steps=12"]
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600)

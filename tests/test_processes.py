@@ -62,13 +62,18 @@ def small_config(folder, processes, **changes):
     )
 
 
+def run_two_ranks(script, *words):
+    "Run a script in two processes that torchrun starts; return them, ended."
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*torchrun, str(script), *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
 def test_two_processes_are_one(tmp_path):
     one_process = fit(small_config(tmp_path, 1), progress="none")
     script, config_file = tmp_path / "script.py", tmp_path / "two.yaml"
     script.write_text(FIT_WITH_INTERRUPT)
     config_file.write_text(small_config(tmp_path, 2, **{"trainer.callbacks": ["interrupt"]}).to_yaml())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run([*torchrun, str(script), str(config_file)], capture_output=True, text=True, timeout=120)
+    process = run_two_ranks(script, config_file)
     run, *others = [found for found in find_runs(tmp_path / "runs") if found.dir != one_process.dir]
     assert run.status == "interrupted" and not others, process.stderr
     checkpoint = read_checkpoint(run.checkpoint())
@@ -84,3 +89,50 @@ def test_two_processes_are_one(tmp_path):
     resumed, expected = (read_checkpoint(found.checkpoint())["state_dict"] for found in (run, one_process))
     for a, b in zip(resumed.values(), expected.values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+RESUME = """
+import sys
+from ebt_nb.config.overrides import load_config
+from ebt_nb.runs.folders import Run
+from ebt_nb.training.fit import fit
+
+fit(load_config(sys.argv[1]), Run.open(sys.argv[2]), resume=True, progress="plain")
+"""
+
+
+def test_a_divided_model_is_one(tmp_path):
+    """Two processes that divide an energy model resume what one began, and one goes on.
+
+    Losses, gradient norms and weights are those of one process: through the second order of the training step, and for
+    alpha and the learned noise, which are not divided.
+    """
+    changes = {
+        "model.layers": 1,
+        "optim.schedule_steps": 6,
+        "thinking.learn_noise": True,
+        "trainer.log_clipped_share": True,
+    }
+    changes |= {"trainer.log_every": 1, "trainer.gradient_clip_norm": 0.5}
+    expected = fit(small_config(tmp_path, 1, **changes, **{"trainer.max_steps": 6}), progress="none")
+    run = fit(small_config(tmp_path, 1, **changes, **{"trainer.max_steps": 2}), progress="none")
+    script, config_file = tmp_path / "script.py", tmp_path / "two.yaml"
+    script.write_text(RESUME)
+    divided = {"trainer.strategy": "fsdp", "trainer.max_steps": 4}
+    config_file.write_text(small_config(tmp_path, 2, **changes, **divided).to_yaml())
+    process = run_two_ranks(script, config_file, run.dir)
+    assert process.returncode == 0, process.stderr
+    assert read_checkpoint(run.checkpoint())["global_step"] == 4
+    fit(small_config(tmp_path, 1, **changes, **{"trainer.max_steps": 6}), run, resume=True, progress="none")
+    rows, expected_rows = ([row for row in one.metrics if "train/loss" in row] for one in (run, expected))
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        for name in row.keys() - {"tokens_per_second"}:
+            assert row[name] == pytest.approx(expected_row[name], rel=1e-4), (row["step"], name)
+    checkpoint, expected_checkpoint = (read_checkpoint(one.checkpoint()) for one in (run, expected))
+    assert checkpoint["state_dict"].keys() == expected_checkpoint["state_dict"].keys()
+    for name, weights in checkpoint["state_dict"].items():
+        torch.testing.assert_close(weights, expected_checkpoint["state_dict"][name], rtol=1e-3, atol=1e-4)
+    states = [each["optimizer_states"][0] for each in (checkpoint, expected_checkpoint)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for number, values in states[0]["state"].items():
+        torch.testing.assert_close(values, states[1]["state"][number], rtol=1e-2, atol=1e-5)

@@ -150,7 +150,7 @@ def find_fault(name: str) -> str | None:
         return fault_of_command(name) or fault_of_source(name)
     if "::" in name:
         return fault_of_test(name)
-    if name.startswith(("text/", "image/")):
+    if name.startswith(("text/", "image/", "video/")):
         return None if name in PRESETS else f"no preset {name}"
     if name.partition(".")[0] in SECTION_ORDER and "." in name:
         return fault_of_setting(name) or fault_of_source(name)

@@ -282,8 +282,10 @@ def plot_extreme_tokens(means: list[TokenMeans], most: int = 8) -> Figure:
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #9821bafd
-def plot_losses_by_step(losses: dict[str, list[float | Tensor]], begins_at_start: bool = False) -> Figure:
-    """Plot the loss (nats per token) after each thinking step, by name; a single loss is a horizontal line.
+def plot_losses_by_step(
+    losses: dict[str, list[float | Tensor]], begins_at_start: bool = False, unit: str = "nats per token"
+) -> Figure:
+    """Plot the loss (in `unit`) after each thinking step, by name; a single loss is a horizontal line.
 
     With `begins_at_start` the first loss of several is that of the start, before any step. Raises AnalysisError if
     there are no losses.
@@ -305,7 +307,7 @@ def plot_losses_by_step(losses: dict[str, list[float | Tensor]], begins_at_start
         change = f"{abs(1 - series[-1] / series[0]):.2%} {'less' if series[-1] < series[0] else 'more'}"
         gains.append(f"{name}: step {steps[-1]} has {change} loss than {'step 1' if first else 'the start'}")
     ticks = range(first, first + max(map(len, losses.values())))
-    ax.set(xlabel="thinking step", ylabel="loss (nats per token)", xticks=ticks)
+    ax.set(xlabel="thinking step", ylabel=f"loss ({unit})", xticks=ticks)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.set_title("\n".join(gains) or "No thinking: one step", fontsize=10)
     ax.margins(x=0.15, y=0.2)

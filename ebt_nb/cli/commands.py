@@ -71,10 +71,10 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(help: str, *arguments: Argument, parse_rest: Callable | None = None) -> Callable[[Callable], Callable]:
-    "Register the decorated function as the command of its name."
+    "Register the decorated function as the command of its name, with hyphens for underscores."
 
     def register(function: Callable) -> Callable:
-        COMMANDS[function.__name__] = Command(function, help, arguments, parse_rest)
+        COMMANDS[function.__name__.replace("_", "-")] = Command(function, help, arguments, parse_rest)
         return function
 
     return register
@@ -92,6 +92,7 @@ COMMAND_ORDER = (
     "evaluate",
     "encode",
     "draw",
+    "inspect-video",
     "rollout",
     "bench",
     "presets",

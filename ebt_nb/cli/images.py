@@ -24,14 +24,14 @@ from ..runs.files import unique_folder_name
 
 # %% ../../nbs/cli/07_images.ipynb #25c4e02d
 @command(
-    "encode images and captions with frozen encoders, once, for training to read",
+    "encode images, captions or frames with frozen encoders, once, for training to read",
     *config_arguments(),
-    argument("--batch-size", type=positive_int, default=64, metavar="N", help="images and captions per batch (64)"),
+    argument("--batch-size", type=positive_int, default=64, metavar="N", help="images, captions, frames a batch (64)"),
 )
 def encode(args: argparse.Namespace) -> None:
-    "Encode images and captions with frozen encoders; print the folder of latents and vectors."
+    "Encode images and captions, or frames, with frozen encoders; print the folder of latents and vectors."
     config = load_given_config(args)
-    if config.data.kind != "images":
+    if "encoder" not in config.sections:
         raise ConfigError(f"data.kind: {config.data.kind} has nothing to encode; encoders read images and captions")
     from ebt_nb.inference.encode import encode_dataset
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['generate', 'generation_settings', 'print_completions', 'completion_values', 'EvaluationReport', 'open_results',
-           'evaluate_language', 'evaluate_image_model', 'evaluate_drawing_model', 'format_metrics', 'format_value',
-           'evaluate', 'evaluate_checkpoints', 'choose_figures_folder', 'save_evaluation_figures']
+           'evaluate_language', 'evaluate_image_model', 'evaluate_drawing_model', 'evaluate_video_model',
+           'refuse_results', 'format_metrics', 'format_value', 'evaluate', 'evaluate_checkpoints', 'choose_measure',
+           'choose_figures_folder', 'save_evaluation_figures']
 
 # %% ../../nbs/cli/06_text.ipynb #b6c1e6c9
 import argparse
@@ -131,7 +132,7 @@ def open_results(args: argparse.Namespace) -> "AbstractContextManager[ResultsFil
 
     return ResultsFile(args.results, args.overwrite)
 
-
+# %% ../../nbs/cli/06_text.ipynb #0f01354a
 def evaluate_language(
     module: Any, checkpoint: Path, args: argparse.Namespace, results: "ResultsFile | None"
 ) -> EvaluationReport:
@@ -157,11 +158,7 @@ def evaluate_image_model(
     module: Any, checkpoint: Path, args: argparse.Namespace, results: "ResultsFile | None"
 ) -> EvaluationReport:
     "Measure how well a model of images removes noise, or the losses of one that draws. Refuses `--results`."
-    if results is not None:
-        raise WorkbenchError(
-            f"--results: keeps generated answers, and {checkpoint} holds a model of images; --visualize draws what it "
-            "restores"
-        )
+    refuse_results(results, checkpoint, "images; --visualize draws what it restores")
     if module.config.data.task == "generate":
         return evaluate_drawing_model(module, args)
     from ebt_nb.inference.restore import evaluate_images, format_quality_table
@@ -188,6 +185,35 @@ def evaluate_drawing_model(module: Any, args: argparse.Namespace) -> EvaluationR
     values = evaluate_image_losses(module, args.data, args.split, args.limit or 512).to_json()
     return EvaluationReport(values, format_metrics(values), dict)
 
+# %% ../../nbs/cli/06_text.ipynb #e38b90dd
+def evaluate_video_model(
+    module: Any, checkpoint: Path, args: argparse.Namespace, results: "ResultsFile | None"
+) -> EvaluationReport:
+    "Measure the losses of a model of video after several numbers of thinking steps, and its roll-outs."
+    refuse_results(results, checkpoint, "video; `ebt rollout` writes what it predicts")
+    from ebt_nb.inference.frame_losses import evaluate_frame_losses, format_frame_losses
+    from ebt_nb.inference.rollout_metrics import choose_rollout_lengths, describe_rollouts, evaluate_rollouts
+
+    losses = evaluate_frame_losses(module, args.data, args.split, args.limit or 512)
+    lengths = choose_rollout_lengths(module.config)
+    name, num_shown = module.config.model.kind, 0 if args.visualize is None else 4
+    options = dict(source=args.data, split=args.split, limit=args.limit or 64, num_shown=num_shown)
+    found = evaluate_rollouts({name: module}, *lengths, **options)
+
+    def draw() -> dict[str, Any]:
+        from ebt_nb.analysis.rollout_figures import draw_rollout_figures
+
+        return draw_rollout_figures(found, run_of_checkpoint(checkpoint))
+
+    values = losses.to_json() | dict(rollout=found.to_json())
+    return EvaluationReport(values, [*format_frame_losses(losses), "", *describe_rollouts(found)], draw)
+
+
+def refuse_results(results: "ResultsFile | None", checkpoint: Path, instead: str) -> None:
+    "Raise WorkbenchError if `--results` is given for a model that answers no questions."
+    if results is not None:
+        raise WorkbenchError(f"--results: keeps generated answers, and {checkpoint} holds a model of {instead}")
+
 
 def format_metrics(values: dict[str, Any]) -> list[str]:
     "Return the metrics of an evaluation, one per line."
@@ -204,7 +230,7 @@ def format_value(value: Any) -> str:
 
 # %% ../../nbs/cli/06_text.ipynb #0751d71d
 @command(
-    "measure a trained model on held-out text, a question set or noisy images",
+    "measure a trained model on held-out text, a question set, noisy images or clips",
     checkpoint_argument("; RUN:all measures each checkpoint", optional=True),
     argument(
         "--visualize",
@@ -217,7 +243,7 @@ def format_value(value: Any) -> str:
     argument(
         "--data",
         metavar="NAME",
-        help="corpus, question set or images, by name, path or hub name; by default what it was trained on",
+        help="corpus, question set, images or clips, by name, path or hub name; by default what it was trained on",
     ),
     argument("--kind", choices=["text", "questions"], help="what a path or hub name holds (data.kind)"),
     argument("--split", default="validation", help="validation, test, ..."),
@@ -225,7 +251,8 @@ def format_value(value: Any) -> str:
         "--limit",
         type=positive_int,
         metavar="N",
-        help="evaluate this many rows or questions (all if left out), or images (512)",
+        help="evaluate this many rows or questions (all if left out), or images (512) or clips (512, of which 64 are "
+        "rolled out)",
     ),
     argument("--results", metavar="FILE", help="write every generated answer to a question set, one a line, as JSON"),
     argument("--overwrite", action="store_true", help="replace the file of --results if it exists"),
@@ -235,7 +262,7 @@ def format_value(value: Any) -> str:
     argument("--as-rank", action="store_true", help=argparse.SUPPRESS),  # one of several, started by `run_on_ranks`
 )
 def evaluate(args: argparse.Namespace) -> None:
-    "Measure trained models on text, questions or noisy images; with --visualize, draw figures too."
+    "Measure trained models on text, questions, noisy images or clips; with --visualize, draw figures too."
     checkpoints = find_checkpoints(args.checkpoint, args.runs_dir)
     if "trainer.devices" not in parse_overrides(args.settings):
         evaluate_checkpoints(checkpoints, args)
@@ -255,7 +282,6 @@ def evaluate(args: argparse.Namespace) -> None:
 def evaluate_checkpoints(checkpoints: Sequence[Path], args: argparse.Namespace) -> None:
     "Measure trained models in this process, which may be one of several that share the samples."
     from ebt_nb.inference.loading import load_for_inference
-    from ebt_nb.training.images import ImageModule
 
     has_several, found = len(checkpoints) > 1, []
     with open_results(args) as results:
@@ -264,8 +290,7 @@ def evaluate_checkpoints(checkpoints: Sequence[Path], args: argparse.Namespace) 
             if results is not None:
                 results.values = named
             module = load_for_inference(checkpoint, args.settings)
-            measure = evaluate_image_model if isinstance(module, ImageModule) else evaluate_language
-            report = measure(module, checkpoint, args, results)
+            report = choose_measure(module)(module, checkpoint, args, results)
             found.append(named | report.values)
             if not args.json:
                 title = [f"checkpoint: {checkpoint}"] if has_several else []
@@ -275,6 +300,16 @@ def evaluate_checkpoints(checkpoints: Sequence[Path], args: argparse.Namespace) 
                 save_evaluation_figures(report, folder, args.json)
     if args.json:
         print(format_json(found if has_several else found[0]))
+
+
+def choose_measure(module: Any) -> Callable[..., EvaluationReport]:
+    "Return what measures a model of this kind."
+    from ebt_nb.training.images import ImageModule
+    from ebt_nb.training.language import LanguageModule
+    from ebt_nb.training.video import VideoModule
+
+    measures = {LanguageModule: evaluate_language, ImageModule: evaluate_image_model, VideoModule: evaluate_video_model}
+    return next(measure for kind, measure in measures.items() if isinstance(module, kind))
 
 # %% ../../nbs/cli/06_text.ipynb #2752cf96
 def choose_figures_folder(given: str, checkpoint: Path, has_several: bool) -> Path:

@@ -41,14 +41,14 @@ class _ModuleGroup(nn.ModuleList):
         return function(*inputs)
 
 
-def _name_parameters(modules: Sequence[nn.Module]) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """Return the parameters by name, each once, and for each place where one is used the name that it has there.
+def _name_parameters(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return parameters and buffers by name, each once, and for each place where one is used the name it has there.
 
     A parameter that several modules share has several places. A module that stands in several places is one.
     """
     names, parameters, places = {}, {}, {}
     for path, module in _ModuleGroup(modules).named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
+        for attribute, parameter in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             place = f"{path}.{attribute}"
             places[place] = names.setdefault(parameter, place)
             parameters[places[place]] = parameter

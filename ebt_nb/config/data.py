@@ -104,7 +104,9 @@ class DataConfig(Section):
     validation_fraction: float = Field(
         0.01, gt=0, lt=0.5, description="taken from the end of a source that has no validation split of its own"
     )
-    max_documents: int | None = Field(None, ge=1, description="read at most this many documents, questions or images")
+    max_documents: int | None = Field(
+        None, ge=1, description="read at most this many documents, questions, images or clips"
+    )
     cache_dir: Path = Field(Path("~/.cache/ebt_workbench"), description="folder for tokenised, packed or encoded data")
 
     @model_validator(mode="after")
@@ -180,9 +182,13 @@ class VideoDataConfig(DataConfig):
     kind: Literal["video"] = Field("video", description="video")
     source: str = Field(
         "moving_fashion",
-        description="'moving_fashion' (generated), 'big_buck_bunny' (embedded), 'something-something-v2', "
-        "'kinetics-400', 'kinetics-600', 'ucf101', a hub name, a clip, a folder of clips, or a .txt list of clips; "
-        "several are joined by '+'; parts of a folder named train, validation or test are splits",
+        description="'moving_fashion' (generated), 'big_buck_bunny' (embedded), 'something-something-v2:FOLDER', "
+        "'kinetics-400:FOLDER', 'kinetics-600:FOLDER', 'ucf101:FOLDER', a hub name, a clip, a folder of clips, a .txt "
+        "list of clips, or parquet or arrow files; several are joined by '+'; parts of a folder named train, "
+        "validation or test are splits",
+    )
+    subset: str | None = Field(
+        None, description="configuration name of a hub data set; of ucf101 the number of its official lists, 1, 2 or 3"
     )
     context: int = Field(16, ge=1, description="frames that the model sees S; a sample has one more")
     seconds_between_frames: float | None = Field(

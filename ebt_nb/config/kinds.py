@@ -38,9 +38,10 @@ from ebt_nb.config.models import (
     VideoTransformerConfig,
 )
 from ebt_nb.config.sections import (
+    CompiledTrainerConfig,
     EnergyLanguageTrainerConfig,
     EnergyOptimConfig,
-    LanguageTrainerConfig,
+    ImageTrainerConfig,
     OptimConfig,
     RunSection,
     Section,
@@ -110,7 +111,7 @@ class LanguageConfig(RunConfig):
     data: Annotated[TextDataConfig | QuestionDataConfig, Field(discriminator="kind")] = Field(
         default_factory=TextDataConfig
     )
-    trainer: LanguageTrainerConfig = Field(default_factory=LanguageTrainerConfig)
+    trainer: CompiledTrainerConfig = Field(default_factory=CompiledTrainerConfig)
 
     @model_validator(mode="after")
     def _check_vocabulary(self):
@@ -194,6 +195,7 @@ class ImageConfig(RunConfig):
 
     data: ImageDataConfig = Field(default_factory=ImageDataConfig)
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    trainer: ImageTrainerConfig = Field(default_factory=ImageTrainerConfig)
     generate_only: ClassVar[tuple[str, ...]] = ("encoder.captions", "encoder.caption_width", "encoder.drop_caption")
     denoise_only: ClassVar[tuple[str, ...]] = ("diffusion.evaluation_levels",)
 

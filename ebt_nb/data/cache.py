@@ -42,15 +42,17 @@ def log_notes(name: str, notes: Iterable[str]) -> None:
 
 
 @contextmanager
-def report_progress(label: str, every_seconds: float = 30.0) -> Iterator[Callable[[Counts], None]]:
+def report_progress(
+    label: str, every_seconds: float = 30.0, verb: str = "preparing"
+) -> Iterator[Callable[[Counts], None]]:
     "Yield a function that shows counts: in a live line on a terminal, else in a plain line every `every_seconds`."
 
     def format_counts(counts: Counts) -> str:
         shown = [name for name in ("documents", "tokens", "images", "clips", "frames") if name in counts]
-        return f"preparing {label}: " + ", ".join(f"{counts[name]:,} {name}" for name in shown)
+        return f"{verb} {label}: " + ", ".join(f"{counts[name]:,} {name}" for name in shown)
 
     if sys.stderr.isatty():
-        with Console(stderr=True).status(f"preparing {label}") as status:
+        with Console(stderr=True).status(f"{verb} {label}") as status:
             yield lambda counts: status.update(format_counts(counts))
         return
     last_time = time.monotonic()

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['Columns', 'EncodeFrames', 'CLIPS_PER_PART', 'DecodedClip', 'read_clip', 'FrameEncoder', 'FrameWriter', 'record_batch',
            'open_arrow_file', 'frame_cache_key', 'frame_cache_suffix', 'estimate_num_frames', 'write_frame_cache',
-           'prepare_frames', 'bytes_per_frame', 'find_frame_cache', 'ClipTable', 'open_frame_cache']
+           'prepare_frames', 'bytes_per_frame', 'frame_cache_folder', 'find_frame_cache', 'ClipTable',
+           'open_frame_cache']
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240003
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +47,7 @@ from .latents import encoder_weights_hash, latents_to_half
 from .moving_images import Clip, ClipSet
 from .pixels import pixels_to_float
 from .sources import DataError
+from .video_sources import find_clip_set
 from ..runs.files import write_atomically
 
 # %% ../../nbs/data/24_frame_cache.ipynb #dc240006
@@ -62,13 +65,17 @@ class DecodedClip:
 
 def read_clip(clip: Clip, config: VideoConfig) -> DecodedClip | str:
     "Return a clip's frames as bytes, or their number (on_the_fly); or a line that names it and says why it cannot be."
+    columns: Columns = {}
     try:
         if config.data.decode == "on_the_fly":
-            return DecodedClip(clip.count_frames(config.data), {})
-        frames = clip.read_frames(config.data)
-        return DecodedClip(len(frames), {"frame": frames.reshape(len(frames), -1)})
+            num_frames = clip.count_frames(config.data)
+        else:
+            frames = clip.read_frames(config.data)
+            num_frames = len(frames)
+            columns["frame"] = frames.reshape(num_frames, math.prod(frames.shape[1:]))
     except Exception as error:  # decoders raise many kinds of errors for a damaged file
         return str(error) if clip.name in str(error) else f"{clip.name}: {str(error) or type(error).__name__}"
+    return DecodedClip(num_frames, columns) if num_frames else f"{clip.name}: holds no frames"
 
 
 @dataclass
@@ -134,12 +141,14 @@ class FrameWriter:
     def write_part(self, name: str, numbers: Sequence[int], clips: Sequence[Clip]) -> dict[str, list]:
         "Write a part if it is not there yet; return its record. Raises DataError as data.unreadable says."
         path, record_path = self.folder / f"{name}.arrow", self.folder / f"{name}.json"
+        clips_of_part = [numbers[0], numbers[-1]]
         with suppress(OSError, ValueError):
             record = json.loads(record_path.read_text())
-            shape = record.pop("shape")
+            shape, clips_of_record = record.pop("shape"), record.pop("clips")
             if self.encoder and shape:
                 self.encoder.shape = shape
-            return record
+            if clips_of_record == clips_of_part:
+                return record
         record = dict(files=[], numbers=[], frames=[], unreadable=[])
         writer = None
         try:
@@ -158,7 +167,7 @@ class FrameWriter:
             if writer:
                 writer.close()
         shape = self.encoder.shape if self.encoder else []
-        write_atomically(record_path, json.dumps(record | dict(shape=shape)))
+        write_atomically(record_path, json.dumps(record | dict(shape=shape, clips=clips_of_part)))
         return record
 
     def read_clips(self, clips: Sequence[Clip]) -> Iterator[DecodedClip | str]:
@@ -288,13 +297,22 @@ def bytes_per_frame(config: VideoConfig) -> int:
     return config.frame_width * (4 if config.data.flip else 2)
 
 
-def find_frame_cache(config: VideoConfig, clip_set: ClipSet) -> Path:
+def frame_cache_folder(config: VideoConfig) -> Path:
+    """Return the folder of this configuration's frames, whether it exists or not.
+
+    Raises DataError if data.source cannot be found.
+    """
+    clip_set = find_clip_set(config.data)
+    key, suffix = frame_cache_key(config), frame_cache_suffix(config)
+    return cache_folder(config.data, clip_set.name, key, clip_set.content_hash, suffix)
+
+
+def find_frame_cache(config: VideoConfig) -> Path:
     """Return the folder of this configuration's latents.
 
     Raises DataError, which names the command that makes them, if it does not exist.
     """
-    key, suffix = frame_cache_key(config), frame_cache_suffix(config)
-    folder = cache_folder(config.data, clip_set.name, key, clip_set.content_hash, suffix)
+    folder = frame_cache_folder(config)
     if folder.is_dir():
         return folder
     raise DataError(

@@ -38,6 +38,7 @@ class ImageDataModule(RowDataModule):
     """
 
     tokenizer = None
+    unit_name, column = "images", "image"
 
     def __init__(self, config: ImageConfig, rank: int | None = None, world_size: int | None = None):
         super().__init__(config, rank, world_size)

@@ -20,7 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 from jaxtyping import Float, Float16, Shaped
 from torch import Tensor
 
-from ..config.kinds import ImageConfig
+from ..config.kinds import ImageConfig, RunConfig
 from .cache import cache_folder, cached, read_prepared_info, report_progress
 from .image_cache import image_cache_key, open_prepared_images, prepare_images
 from .image_rows import ImageRows
@@ -29,9 +29,9 @@ from .image_sources import find_image_set
 from .sources import ASSETS, DataError
 
 # %% ../../nbs/data/19_latents.ipynb #af4e0d24
-def uses_encoder(config: ImageConfig) -> bool:
-    "Return whether images or captions are encoded before the model reads them."
-    return config.encoder.images != "none" or config.encoder.captions != "none"
+def uses_encoder(config: RunConfig) -> bool:
+    "Return whether images, captions or frames are encoded before the model reads them."
+    return config.encoder.images != "none" or getattr(config.encoder, "captions", "none") != "none"
 
 
 def encoder_weights_hash(encoder: str) -> str:

@@ -210,8 +210,16 @@ def map_over_ranks(function: Callable[[Any], Any], items: Sequence) -> Iterator[
 class RowDataModule(LightningDataModule):
     """Serves rows to a run; subclasses define `rows`, `training_rows` and `fingerprint`.
 
+    unit_name: what a row is, in the plural.
+    column: entry of a batch that holds what the model sees.
+    images_per_row: how many images a row holds.
+
     `rank` and `world_size` default to those of torch.distributed.
     """
+
+    unit_name: str
+    column: str
+    images_per_row = 1
 
     def __init__(self, config: RunConfig, rank: int | None = None, world_size: int | None = None):
         super().__init__()

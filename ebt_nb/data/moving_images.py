@@ -18,7 +18,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from ..compute.rng import RandomKeys
@@ -100,7 +100,7 @@ class Motion:
         return Motion(self.positions[frames], self.angles[frames], self.bounced[frames])
 
 
-def has_changed(counts: Float[np.ndarray, "frames ..."]) -> Bool[np.ndarray, "frames ..."]:
+def has_changed(counts: Shaped[np.ndarray, "frames ..."]) -> Bool[np.ndarray, "frames ..."]:
     "Return where a number differs from that of the frame before; the first never does."
     return np.diff(counts, axis=0, prepend=counts[:1]) != 0
 

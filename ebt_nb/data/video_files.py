@@ -80,7 +80,7 @@ def open_container(content: Path | bytes, name: str) -> Any:
         raise ClipError(f"{name}: {LFS_MESSAGE}")
     try:
         source = io.BytesIO(content) if isinstance(content, bytes) else str(content)
-        return av.open(source, metadata_errors="ignore")
+        return av.open(source, metadata_errors="ignore", options={"protocol_whitelist": "file"})  # never the network
     except av.error.FFmpegError:
         is_mp4 = begin[4:8] == b"ftyp"
         reason = "an MP4 file without its index (moov), truncated or never finished" if is_mp4 else "no known video"
@@ -123,20 +123,23 @@ def write_clip(
     av = import_av()
     channels, height, width = frames.shape[1:]
     source = target if not isinstance(target, Path) else str(target)
-    with av.open(source, "w", format=format, options=options) as container:
+    reproducible = {"fflags": "+bitexact"}  # no random identifiers
+    with av.open(source, "w", format=format, options=reproducible | options) as container:
         stream = container.add_stream(codec, rate=100, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.time_base = Fraction(1, 100)
         stream.codec_context.gop_size = 12
         stream.codec_context.thread_count = 1  # the same bytes on every machine
+        packets, usual = [], round(100 * np.median(np.diff(times))) if len(times) > 1 else 10
         for pixels, time in zip(frames, times, strict=True):
             picture = pixels.transpose(1, 2, 0) if channels == 3 else pixels[0]
-            frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(picture), format="rgb24" if channels == 3 else "gray"
-            )
+            format = "rgb24" if channels == 3 else "gray"
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=format)
             frame.pts, frame.time_base = round(100 * time), Fraction(1, 100)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        for packet in packets + stream.encode(None):
+            packet.duration = usual  # the last frame is shown as long as is usual
+            container.mux(packet)
 
 # %% ../../nbs/data/21_video_files.ipynb #58ea28c5
 HIDDEN_FRAME_CODECS = ("vp8",)  # have packets that are not shown

@@ -21,6 +21,7 @@ from .next_token import select_energies
 from ..models.image_encoders import ImageEncoder, load_image_encoder
 from ..models.text_encoders import TextEncoder, load_text_encoder
 from ..thinking.verify import think
+from ..training.base import TrainingModule
 from ..training.images import EnergyImageModule, ImageModule, image_rng, uses_captions
 
 # %% ../../nbs/inference/13_draw.ipynb #3359b740
@@ -107,7 +108,7 @@ def check_captions(module: ImageModule, captions: Sequence[str] | int) -> None:
 
 
 def check_encoder_weights(
-    module: ImageModule, name: str, encoder: ImageEncoder | TextEncoder
+    module: TrainingModule, name: str, encoder: ImageEncoder | TextEncoder
 ) -> ImageEncoder | TextEncoder:
     """Return the encoder of 'images' or 'captions' if the model was trained on what it returns.
 

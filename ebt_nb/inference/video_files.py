@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BORDER', 'PREDICTED_COLOUR', 'OBSERVED_COLOUR', 'MIN_SIDE', 'Clip', 'VIDEO_FORMATS', 'VideoFileError', 'frame_clip',
-           'stack_clips', 'make_filmstrip', 'save_video', 'save_picture']
+           'stack_clips', 'make_filmstrip', 'save_video', 'save_picture', 'find_mp4_codec']
 
 # %% ../../nbs/inference/17_video_files.ipynb #c9ea6556
 import os
@@ -117,23 +117,31 @@ def _write_gif(frames: UInt8[np.ndarray, "frames rows columns 3"], path: Path, r
     pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / rate), loop=0)
 
 
-def _write_mp4(frames: UInt8[np.ndarray, "frames rows columns 3"], path: Path, rate: float) -> None:
+def find_mp4_codec() -> str:
+    "Return the name of the encoder that writes mp4. Raises VideoFileError without PyAV, or where it has none."
     try:
         import av
     except ImportError:
         raise VideoFileError(
-            "mp4 needs the package av; run pip install 'ebt-workbench[video]', or write a gif"
+            "mp4 needs the package av; run pip install 'ebt-workbench[video]', or write a gif (--format gif)"
         ) from None
     codecs = [name for name in ("libx264", "mpeg4") if name in av.codecs_available]
     if not codecs:
-        raise VideoFileError("this build of PyAV has no encoder for mp4; write a gif")
+        raise VideoFileError("this build of PyAV has no encoder for mp4; write a gif (--format gif)")
+    return codecs[0]
+
+
+def _write_mp4(frames: UInt8[np.ndarray, "frames rows columns 3"], path: Path, rate: float) -> None:
+    import av
+
+    codec = find_mp4_codec()
     even = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
     frames = np.pad(frames, even)
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream(codecs[0], rate=Fraction(rate).limit_denominator(1000))
+        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        if codecs[0] == "libx264":
+        if codec == "libx264":
             stream.options = {"crf": "12"}
         else:
             stream.bit_rate = 4_000_000

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config.data import EncoderConfig
+from ..config.data import ImageEncoderConfig
 from ..config.errors import suggest
 from .pretrained import EncoderError, load_pretrained, network_fingerprint
 from .small_vae import ResidualBlock, SmallVAE, load_small_vae
@@ -172,6 +172,11 @@ class DINOv2Encoder(ImageEncoder):
         self.latent_shape(images.shape[-1])
         return self.token_vectors(images.expand(-1, 3, -1, -1))[-1][:, 0]
 
+    @torch.no_grad()
+    def summarize(self, images: Float[Tensor, "batch colours size size"]) -> Float[Tensor, "batch channels 1 1"]:
+        "Return `features` times `scale`, in the shape of latents of one row and one column."
+        return self.scale * self.features(images)[:, :, None, None]
+
 # %% ../../nbs/models/14_image_encoders.ipynb #b349bdd6
 IMAGE_ENCODERS = {"small_vae": SmallVAEEncoder, "vae": AutoencoderKLEncoder, "dinov2": DINOv2Encoder}
 
@@ -181,7 +186,7 @@ def find_encoder_class(name: str) -> type[ImageEncoder]:
     return IMAGE_ENCODERS[_parse_encoder_name(name)[0]]
 
 
-def load_image_encoder(config: EncoderConfig) -> ImageEncoder:
+def load_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     """Return the encoder that config.images names, with the latents that the configuration expects.
 
     Raises EncoderError for an unknown name, missing weights, or latents of another shape than the configuration says.

@@ -118,9 +118,7 @@ class GrowingStream(ObservedStream):
     "An observed stream that can be extended token by token."
 
     @torch.no_grad()
-    def extend(
-        self, context: KeyValueCache, newest: Int[Tensor, "batch"] | Float[Tensor, "batch features"]
-    ) -> None:
+    def extend(self, context: KeyValueCache, newest: Int[Tensor, "batch"] | Float[Tensor, "batch features"]) -> None:
         """Observe one more token (or frame) of each row, after its newest; changes the context in place.
 
         Where one context serves all landscapes, the token is run through the layers together with the next candidates,

@@ -16,10 +16,12 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from jaxtyping import Float, Shaped
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from ..compute.graph import find_missing_compiler
+from ..compute.graph import GraphCache, find_missing_compiler
 from ..compute.rng import RandomKeys
+from ..compute.sharding import clip_gradient_norm, local_gradients, shard_parameters
 from ..config.errors import ConfigError
 from ..config.kinds import RunConfig
 from ..data.loaders import rank_and_world_size
@@ -131,7 +133,7 @@ class MetricsModule(pl.LightningModule):
 
     def share_of_gradient_above(self, bound: float) -> Float[Tensor, ""]:
         "Return the share of the gradient's entries, on all devices, that are larger than a bound."
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        gradients = local_gradients(self.parameters(), self.trainer.global_rank)
         num_above = torch.stack([(gradient.abs() > bound).sum() for gradient in gradients]).sum().double()
         counts = torch.stack([num_above, torch.full_like(num_above, sum(g.numel() for g in gradients))])
         above, total = self.trainer.strategy.reduce(counts, reduce_op="sum")
@@ -149,10 +151,7 @@ class MetricsModule(pl.LightningModule):
         overflow now and then, such an update is left out instead.
         """
         max_norm = gradient_clip_val or math.inf
-        fsdp_clip = getattr(
-            self.trainer.strategy.model, "clip_grad_norm_", None
-        )  # each device has part of the gradient
-        norm = fsdp_clip(max_norm) if fsdp_clip else nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+        norm = clip_gradient_norm(self.parameters(), max_norm)
         if self.trainer.precision != "16-mixed":
             check_loss("norm of the gradient", float(norm), self.global_step + 1)
         self.log("train/gradient_norm", norm, on_step=True, on_epoch=False, batch_size=1)
@@ -202,6 +201,12 @@ class TrainingModule(PretrainedModule, MetricsModule):
         self.logs_clipped_share = config.trainer.log_clipped_share
         self.tokenizer: dict[str, str] | None = None
         self.encoders: dict[str, dict[str, str]] = {}
+        self._graph_cache = GraphCache()
+
+    @property
+    def step_graphs(self) -> GraphCache | None:
+        "Where training steps are recorded as graphs; None where they run eagerly. For kinds that support it."
+        return self._graph_cache if resolve_compile(self.config, self.device.type) else None
 
     def batch_rng(self, batch: Batch, micro_step: int | None = None) -> RandomKeys:
         "Return the random keys of a batch: by seed and sample, in training by micro-step too."
@@ -239,6 +244,12 @@ class TrainingModule(PretrainedModule, MetricsModule):
         A batch whose loss is below the threshold counts as memorised.
         """
         raise NotImplementedError
+
+    def configure_model(self) -> None:
+        "Divide the weights among devices if the strategy asks for it (Lightning calls this hook before training)."
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            shard_parameters(self, mesh, ["training_step", "validation_step"])
 
     def configure_optimizers(self) -> dict[str, Any]:
         "Return the optimiser and the learning-rate schedule of the configuration, for Lightning."

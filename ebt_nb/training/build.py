@@ -100,7 +100,7 @@ IMAGE_KIND = ModelKind(
         "encoder.images",
         "encoder.captions",
     ),
-    supports_compile=False,
+    supports_compile=True,
     supports_row_chunks=False,
 )
 VIDEO_KIND = ModelKind(

@@ -77,12 +77,11 @@ def prepare_training(
     callbacks = build_named_callbacks(config)
     build_strategy(config)
     batches_per_update(config)
-    trainer_config = config
+    changes = {"trainer.strategy": "auto"}  # there is no model yet that could be divided
     if single_process:
-        changes = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto"}
+        changes |= {"trainer.devices": 1, "trainer.nodes": 1}
         changes |= {"data.effective_batch": None, "optim.lr_scaling": False}
-        trainer_config = override_config(config, changes)
-    trainer = build_trainer(trainer_config, Path(), [])
+    trainer = build_trainer(override_config(config, changes), Path(), [])
     device = trainer.strategy.root_device.type
     check_devices(config, device)
     compiles_steps(config, device)
@@ -101,7 +100,8 @@ def prepare_training(
 def count_parameters(model: nn.Module) -> dict[str, int]:
     "Return the number of parameters, of the whole model and without token tables and output head."
     names = ("embedding", "candidate_embedding", "output_head")
-    tables = {id(module.weight) for name, module in model.named_modules() if name in names}
+    modules = [module for name, module in model.named_modules() if name in names]
+    tables = {id(module.weight) for module in modules if not isinstance(module, nn.Identity)}
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
         parameters_without_embeddings=sum(p.numel() for p in model.parameters() if id(p) not in tables),

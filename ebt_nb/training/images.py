@@ -27,7 +27,7 @@ from ..thinking.spaces import ImageSpace
 from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap
 from .losses import ObjectiveOutput
 from .objectives import first_move_std, regression_objective
-from .training_step import KeepCandidates
+from .training_step import KeepCandidates, objective_as_graph
 
 # %% ../../nbs/training/09_images.ipynb #2d9c549a
 def uses_captions(config: RunConfig) -> bool:
@@ -225,20 +225,33 @@ class EnergyImageModule(EnergyTrainingModule, ImageModule):
         fresh = {name: batch[name] for name in self.replay_fields() if name in batch}
         own_starts = self.start_candidates(fresh, rng, training=True)
         replayed = self.append_replayed(fresh, rng, micro_step, lambda: own_starts)
-        output = restoration_objective(
-            self.model,
-            self.space,
-            self.descent,
+        output = self._compute_training_objective(
             replayed.batch["image"].flatten(1),
             own_starts if replayed.starts is None else replayed.starts,
             replayed.rng,
-            self.config.objective,
-            self.descent.draw_schedule(self.shared_rng(micro_step)),
             self.select_captions(replayed.batch, replayed.rng),
-            keep_candidates="none" if self.replay is None else "last",
+            self.descent.draw_schedule(self.shared_rng(micro_step)),
         )
         self.store_predictions(fresh, output)
         return output
+
+    def _compute_training_objective(
+        self, clean: Tensor, start: Tensor, rng: RandomKeys, captions: Tensor | None, schedule: list[int]
+    ) -> ObjectiveOutput:
+        "The objective of training on images, given what is random; as a graph where steps are compiled."
+        keep, objective = "none" if self.replay is None else "last", self.config.objective
+
+        def compute(clean, start, first_word, second_word, captions):
+            rng, models = RandomKeys(first_word, second_word), (self.model, self.space, self.descent)
+            options = dict(captions=captions, keep_candidates=keep)
+            return restoration_objective(*models, clean, start, rng, objective, schedule, **options)
+
+        inputs, graphs = (clean, start, rng.first_word, rng.second_word, captions), self.step_graphs
+        if graphs is None:
+            return compute(*inputs)
+        policy = self.descent.policy.model_dump_json()
+        key = tuple(schedule), keep, objective.model_dump_json(), policy
+        return objective_as_graph(graphs, compute, [self.model, self.descent], inputs, schedule, key)
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         "Return the loss after each step, the fall of the energy and, of restored images, PSNR; number of images."
@@ -300,10 +313,18 @@ class DiffusionModule(ImageModule):
         t = self.draw_timesteps(rng)
         noisy, noise = self.add_noise(image, rng, t)
         captions = self.select_captions(batch, None if micro_step is None else rng)
-        squared, bound = self.diffusion.mse_and_bound(self.model(noisy, t, captions), image, noisy, t, noise)
-        loss = (squared + bound).mean()
-        parts = {"mse": squared.mean().detach(), "bound": bound.mean().detach()}
-        return ObjectiveOutput(loss, [loss.detach()], auxiliary=parts)
+
+        def compute(image, noisy, t, noise, captions, *coefficients):
+            output = self.model(noisy, t, captions)
+            squared, bound = self.diffusion.mse_and_bound(output, image, noisy, t, noise, coefficients)
+            loss = (squared + bound).mean()
+            parts = {"mse": squared.mean().detach(), "bound": bound.mean().detach()}
+            return ObjectiveOutput(loss, [loss.detach()], auxiliary=parts)
+
+        inputs = image, noisy, t, noise, captions, *self.diffusion.loss_coefficients(t, image.dtype)
+        if micro_step is None or self.step_graphs is None:
+            return compute(*inputs)
+        return objective_as_graph(self.step_graphs, compute, [self.model], inputs, [], "diffusion")
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         "Return the loss and the two that it is the sum of, and the number of images."

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..compute.graph import GraphCache
 from ..compute.rng import RandomKeys
 from ..config.data import IGNORE_INDEX
 from ..config.kinds import RunConfig
@@ -26,7 +25,7 @@ from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.replay import ReplayFields
 from ..thinking.spaces import TokenSpace
 from ..thinking.verify import final_energy, relative_energy
-from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap, resolve_compile
+from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap
 from .losses import ObjectiveOutput, chunked_cross_entropy
 from .objectives import energy_objective, feed_forward_objective
 
@@ -143,17 +142,11 @@ class LanguageModule(TrainingModule):
     def __init__(self, config: RunConfig, model: nn.Module, descent: Descent | None = None):
         super().__init__(config, model, descent)
         self.characters_per_token: float | None = None
-        self._graph_cache = GraphCache()
 
     @classmethod
     def build_untrained(cls, config: RunConfig) -> "LanguageModule":
         "Return the module of a configuration around a network whose weights are about to be loaded."
         return build_language_module(config, build_language_network(config))
-
-    @property
-    def step_graphs(self) -> GraphCache | None:
-        "Where training steps are recorded as graphs; None where they run eagerly."
-        return self._graph_cache if resolve_compile(self.config, self.device.type) else None
 
     def setup(self, stage: str) -> None:
         "Read from the data module what metrics and checkpoints need."

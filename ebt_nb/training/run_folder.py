@@ -63,9 +63,7 @@ KEYS_FIXED_ON_RESUME = [
 ]
 
 
-def check_resumable(
-    path: Path, checkpoint: dict[str, Any], config: RunConfig, data: DataModule
-) -> None:
+def check_resumable(path: Path, checkpoint: dict[str, Any], config: RunConfig, data: DataModule) -> None:
     "Raise CheckpointError or DataError when a checkpoint cannot be resumed with this configuration and data."
     check_tokenizer(path, checkpoint, data.tokenizer)
     saved_config = validate_config(checkpoint["config"])
