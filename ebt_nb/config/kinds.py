@@ -324,8 +324,7 @@ class EnergyVideoConfig(VideoConfig):
             )
         if self.model.init != "calibrated" and thinking.rule == "embedding":
             raise ValueError(
-                "model.init: the published start is one of candidates that are frames; set model.init=calibrated, or "
-                "thinking.rule=frame"
+                "model.init: the published start is one of frames; set model.init=calibrated, or thinking.rule=frame"
             )
         if self.model.energy == "reconstruction" and thinking.guess == "none":
             raise ValueError(
