@@ -204,13 +204,15 @@ class VideoDataConfig(DataConfig):
     aspect: Literal["crop", "pad", "stretch"] = Field(
         "crop", description="how frames become square: cut at the longer side, padded at the shorter one, or stretched"
     )
-    random_crop: bool = Field(False, description="in training cut a random square instead of the middle one")
+    random_crop: bool = Field(
+        False, description="in training cut a random square instead of the middle one; needs decode=on_the_fly"
+    )
     random_start: bool = Field(True, description="in training a clip's frames begin at a random one, else at its first")
     flip: bool = Field(False, description="mirror half of the training clips, left to right")
     decode: Literal["once", "on_the_fly"] = Field(
         "once",
         description="'once': decode (or encode) all frames into data.cache_dir before training; 'on_the_fly': decode "
-        "each clip whenever it is read",
+        "each clip whenever it is read (pixels only)",
     )
     video_column: str = Field("video", description="column of a hub data set that holds the clip")
     unreadable: Literal["skip", "refuse"] = Field(
