@@ -43,15 +43,14 @@ def save_run(home, name, **changes):
 def home(tmp_path_factory):
     "A folder with runs/ of small models, and few clips: pixels, latents, and latents that cannot be decoded."
     folder = tmp_path_factory.mktemp("home")
-    pixels = save_run(folder, "ebt")
-    save_run(folder, "baseline", model__kind="video_transformer")
+    save_run(folder, "ebt", data__decode="on_the_fly")
+    save_run(folder, "baseline", model__kind="video_transformer", data__decode="on_the_fly")
     save_run(folder, "larger", data__image_size=20)
     latent = save_run(folder, "latent", data__channels=3, encoder__images="small_vae")
     dino = dict(images="dinov2:nowhere", latent_channels=5, latent_factor=14)
     dino = save_run(folder, "dino", data__image_size=28, **{f"encoder__{key}": value for key, value in dino.items()})
     mixing = torch.randn(5, 1, 14, 14, generator=torch.Generator().manual_seed(0)) / 14
     encoders = [
-        (pixels, None),
         (latent, load_image_encoder(latent.encoder).encode),
         (dino, lambda images: torch.conv2d(images, mixing, stride=14)),
     ]
