@@ -62,6 +62,10 @@ class Forker:
         self.commands[command.pid] = command
         return command.pid
 
+    def is_running(self, pid: int) -> bool:
+        "Return whether a process that was started here has not ended yet."
+        return self.commands[pid].poll() is None
+
     def wait(self, pid: int) -> int:
         "Wait for a process that was started here; return its exit code."
         return self.commands.pop(pid).wait()

@@ -5,7 +5,6 @@ The same call then finishes them as if they had not been interrupted.
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -27,15 +26,15 @@ assert "on_train_batch_start" not in vars(CheckpointSaver)
 CheckpointSaver.on_train_batch_start = wait_for_signal
 """
 SCRIPT = """
-import signal, sys
+import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)          # it is ignored in a background job of a shell
 from ebt_nb.config.overrides import load_config
 from ebt_nb.jobs.parallel import ForkServer, fit_many
 from ebt_nb.runs.fork_server import PRELOADED
 from pathlib import Path
-configs = {path.stem: load_config(path) for path in sorted(Path(sys.argv[1]).glob("*.yaml"))}
+configs = {path.stem: load_config(path) for path in sorted(Path.cwd().glob("*.yaml"))}
 ForkServer.__init__.__defaults__ = ((*PRELOADED, "pausing"), None)
-fit_many(configs, sys.argv[2], processes=2)
+fit_many(configs, "runs", processes=2)
 """
 TINY = {
     "model.layers": 1,
@@ -57,7 +56,7 @@ def count_rows(folder):
     return len(Run.open(folder).metrics) if is_run_folder(folder) else 0
 
 
-def test_interrupted_runs_are_resumed(tmp_path):
+def test_interrupted_runs_are_resumed(tmp_path, forker):
     """Interrupted twice: first the caller alone gets the signal, as from a scheduler; then the whole process group.
 
     A terminal sends Ctrl-C to the group.
@@ -65,25 +64,20 @@ def test_interrupted_runs_are_resumed(tmp_path):
     for seed in (1, 2, 3):
         config = build_config("text/quickstart", TINY | {"run.seed": seed})
         (tmp_path / f"seed-{seed}.yaml").write_text(config.to_yaml())
-    (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "pausing.py").write_text(PAUSING)
     folders = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2, 3)]
 
     for send_signal in (os.kill, os.killpg):
         rows_before = [count_rows(folder) for folder in folders]
-        process = subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(tmp_path / "runs")],
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        )
+        errors = tmp_path / f"{send_signal.__name__}.log"
+        path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        process = forker.start(setup=SCRIPT, cwd=tmp_path, err=errors, environment=path)
         deadline = time.monotonic() + LONG
         while not all(count_rows(folder) > rows + 3 for folder, rows in zip(folders[:2], rows_before)):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert forker.is_running(process) and time.monotonic() < deadline
             time.sleep(0.05)
-        send_signal(process.pid, signal.SIGINT)
-        assert "KeyboardInterrupt" in process.communicate(timeout=LONG)[1] and process.returncode
+        send_signal(process, signal.SIGINT)
+        assert forker.wait(process) and "KeyboardInterrupt" in errors.read_text()
         assert [Run.open(folder).status for folder in folders] == ["interrupted", "interrupted", "running"]
         assert not count_rows(folders[2])
 
