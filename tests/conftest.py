@@ -21,7 +21,7 @@ NUM_CORES = min(2, os.cpu_count() or 1)
 NUM_TEST_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, NUM_CORES // NUM_TEST_PROCESSES))
 
-gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/11_main`)
+gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/12_main`)
 
 check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is annotated is fine
 import_hook = install_import_hook("ebt_nb", "conftest.check_types")  # before anything imports the package

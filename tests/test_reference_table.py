@@ -20,7 +20,7 @@ from ebt_nb.config.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "nbs/coming_from_the_reference.ipynb"
-WITHOUT_PROOF = ("not built", "not needed", "video comes later")
+WITHOUT_PROOF = ("not built", "not needed")
 
 
 class Row(NamedTuple):
