@@ -140,6 +140,14 @@ def _check_truncation(config: RunConfig) -> None:
         )
 
 
+def _check_reconstruction(config: RunConfig) -> None:
+    if config.model.energy == "reconstruction" and config.thinking.guess == "none":
+        raise ValueError(
+            "model.energy: a reconstruction energy reads what the observed stream expects; "
+            "set thinking.rule=embedding and thinking.start=hidden (or newest)"
+        )
+
+
 def _check_samples_differ(config: RunConfig, starts_alike: bool) -> None:
     thinking, inference = config.thinking, config.inference
     noise = thinking.noise if inference.noise is None else inference.noise
@@ -177,11 +185,7 @@ class EnergyLanguageConfig(LanguageConfig):
                 "model.init: the published start is one of candidates over the vocabulary; set model.init=calibrated, "
                 "or thinking.rule=probabilities"
             )
-        if self.model.energy == "reconstruction" and self.thinking.guess == "none":
-            raise ValueError(
-                "model.energy: a reconstruction energy reads what the observed stream expects; "
-                "set thinking.rule=embedding and thinking.start=hidden (or newest)"
-            )
+        _check_reconstruction(self)
         _check_samples_differ(self, self.thinking.start == "zeros" or not self.thinking.start_std)
         if self.thinking.rule == "raw" and self.objective.contrastive:
             raise ValueError(
@@ -326,11 +330,7 @@ class EnergyVideoConfig(VideoConfig):
             raise ValueError(
                 "model.init: the published start is one of frames; set model.init=calibrated, or thinking.rule=frame"
             )
-        if self.model.energy == "reconstruction" and thinking.guess == "none":
-            raise ValueError(
-                "model.energy: a reconstruction energy reads what the observed stream expects; "
-                "set thinking.rule=embedding and thinking.start=hidden (or newest)"
-            )
+        _check_reconstruction(self)
         _check_samples_differ(self, thinking.start == "zeros" or not thinking.start_std)
         return self
 

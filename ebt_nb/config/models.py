@@ -79,6 +79,11 @@ class ModelConfig(Section):
             )
         return self
 
+    @property
+    def trunk(self) -> dict[str, Any]:
+        "What the blocks of a network are built from, by the names of its constructor."
+        return dict(layers=self.layers, width=self.width, heads=self.heads, ffn_multiplier=self.ffn_multiplier)
+
 # %% ../../nbs/config/02_models.ipynb #914ae1cb
 Conditioning = Literal["default", "time_embed", "adaln", "adaln_zero", "step_embed"]
 EnergyForm = Literal["linear", "reconstruction"]
@@ -107,6 +112,11 @@ class SequenceModelConfig(ModelConfig):
 
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
+
+    @property
+    def trunk(self) -> dict[str, Any]:
+        "What the blocks of a network are built from, by the names of its constructor."
+        return super().trunk | dict(norm_eps=self.norm_eps, rope_base=self.rope_base)
 
 
 class SequenceEnergyConfig(SequenceModelConfig, EnergyHeadConfig):

@@ -99,6 +99,16 @@ class ThinkingConfig(Section):
         return self
 
 
+def _check_embedded_start(thinking: ThinkingConfig, alternatives: str) -> None:
+    if thinking.rule != "embedding":
+        raise ValueError(f"start: {thinking.start} is a vector of model width; set thinking.rule=embedding")
+    if thinking.replay:
+        raise ValueError(
+            f"replay: stored predictions take the place of starts, and thinking.start={thinking.start} is trained as "
+            f"one; set thinking.replay=0, or thinking.start to {alternatives}"
+        )
+
+
 class TokenThinkingConfig(ThinkingConfig):
     "Policy of the descent over tokens."
 
@@ -122,13 +132,7 @@ class TokenThinkingConfig(ThinkingConfig):
     def _check_start(self):
         if self.guess == "none":
             return self
-        if self.rule != "embedding":
-            raise ValueError(f"start: {self.start} is a vector of model width; set thinking.rule=embedding")
-        if self.replay:
-            raise ValueError(
-                f"replay: stored predictions take the place of starts, and thinking.start={self.start} is trained as "
-                "one; set thinking.replay=0, or thinking.start to noise or zeros"
-            )
+        _check_embedded_start(self, "noise or zeros")
         return self
 
 # %% ../../nbs/config/03_thinking.ipynb #a3518484
@@ -156,13 +160,7 @@ class VideoThinkingConfig(ThinkingConfig):
     def _check_start(self):
         if self.start != "hidden":
             return self
-        if self.rule != "embedding":
-            raise ValueError(f"start: {self.start} is a vector of model width; set thinking.rule=embedding")
-        if self.replay:
-            raise ValueError(
-                f"replay: stored predictions take the place of starts, and thinking.start={self.start} is trained as "
-                "one; set thinking.replay=0, or thinking.start to noise, zeros or newest"
-            )
+        _check_embedded_start(self, "noise, zeros or newest")
         return self
 
 # %% ../../nbs/config/03_thinking.ipynb #206e9b46

@@ -42,11 +42,8 @@ def build_image_network(config: RunConfig) -> BidirectionalEBT | DiT:
         image_size=side,
         channels=channels,
         patch_size=m.patch,
-        layers=m.layers,
-        width=m.width,
-        heads=m.heads,
-        ffn_multiplier=m.ffn_multiplier,
         caption_width=config.encoder.caption_width if uses_captions(config) else None,
+        **m.trunk,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)

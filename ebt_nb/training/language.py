@@ -33,16 +33,7 @@ from .objectives import energy_objective, feed_forward_objective
 def build_language_network(config: RunConfig) -> EnergyTransformer | Transformer:
     "Return the network of a configuration, not calibrated yet; its weights depend on `run.seed` and nothing else."
     m = config.model
-    shape = dict(
-        vocab_size=m.vocab_size,
-        layers=m.layers,
-        width=m.width,
-        heads=m.heads,
-        ffn_multiplier=m.ffn_multiplier,
-        norm_eps=m.norm_eps,
-        rope_base=m.rope_base,
-        tied=m.tied,
-    )
+    shape = dict(vocab_size=m.vocab_size, tied=m.tied, **m.trunk)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         if m.kind == "transformer":

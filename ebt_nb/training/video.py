@@ -34,15 +34,7 @@ from .objectives import first_move_std, regression_objective
 def build_video_network(config: RunConfig) -> FrameEnergyTransformer | FrameTransformer:
     "Return the network of a configuration, not calibrated yet; its weights depend on `run.seed` and nothing else."
     m = config.model
-    shape = dict(
-        frame_width=config.frame_width,
-        layers=m.layers,
-        width=m.width,
-        heads=m.heads,
-        ffn_multiplier=m.ffn_multiplier,
-        norm_eps=m.norm_eps,
-        rope_base=m.rope_base,
-    )
+    shape = dict(frame_width=config.frame_width, **m.trunk)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         if m.kind == "video_transformer":
