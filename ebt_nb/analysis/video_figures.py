@@ -211,7 +211,7 @@ def plot_clip(
         for axis in axes[2:, 0]:
             mark_facts(axis, {name: values[clip] for name, values in facts.items()})
     ratio = table.errors[clip].sum() / table.copy_errors[clip].sum()
-    figure.suptitle(f"Prediction errs {ratio:.0%} as much as a copied frame", fontsize=9)
+    figure.suptitle(f"The prediction's error is {ratio:.0%} of a copied frame's", fontsize=9)
     return figure
 
 
