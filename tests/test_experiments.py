@@ -38,10 +38,8 @@ IMAGES = {
     "trainer.log_every": 1,
     "optim.warmup_steps": 1,
 }
-VIDEO = IMAGES | {
-    "data.image_size": 8,
-    "data.context": 6,
-    "data.max_documents": 8,
+CLIPS = IMAGES | {"data.image_size": 8, "data.context": 6, "data.max_documents": 8}
+VIDEO = CLIPS | {
     "seeds": 1,
     "limit": 8,
     "steps": 3,
@@ -96,6 +94,12 @@ EXPERIMENTS = {
         TEXT | {"data.context": 32, "batches": 3, "sources": ["austen", "arithmetic"]},
         r"frequencies alone reach",
         2,
+    ),
+    "inspect_video": (
+        "video/quickstart",
+        CLIPS | {"data.decode": "on_the_fly", "batches": 2, "samples": 2, "compared": 8, "interval_clips": 2},
+        r"A copied frame has a loss of 0\.\d+ in training and 0\.\d+ held out",
+        6,
     ),
     "think": ("text/thinking", TEXT | THINK, r"relative to a random choice", 4),
     "scaling": ("text/quickstart", TEXT | SCALING, r"text/ebt\*\* ends .* relative to Transformer\+\+", 2),

@@ -74,8 +74,13 @@ def choose_frames(timeline: Timeline, data: VideoDataConfig) -> Int64[np.ndarray
 
 # %% ../../nbs/data/23_clips.ipynb #43fa5f78
 def read_orientation(frame: Any) -> tuple[bool, bool, bool]:
-    "Return what shows a frame upright: whether to swap its axes, then to mirror it left to right, and top to bottom."
-    side_data = frame.side_data.get("DISPLAYMATRIX")
+    """Return what shows a frame upright: whether to swap its axes, then to mirror it left to right, and top to bottom.
+
+    The matrix is read from a tiny copy. A PyAV frame whose side data was read refers to itself, and so stays in memory
+    until Python's next search for garbage.
+    """
+    tiny = frame.reformat(16, 16, format="gray", interpolation="POINT")
+    side_data = tiny.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return False, False, False
     a, b, _, c, d, *_ = np.frombuffer(bytes(side_data), np.int32).tolist()

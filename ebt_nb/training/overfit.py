@@ -136,7 +136,7 @@ class OverfitResult:
             return f"memorised: loss {loss:.4f} at update {self.reached_at_update} ({self.seconds:.0f} s); {chance}"
         experiment = self.module.inspection
         remedies = ["more updates", "another optim.peak_lr"]
-        if self.config.is_energy_model:
+        if self.config.is_energy_model and self.config.thinking.noise:
             remedies.append("less thinking.noise")
         return (
             f"NOT memorised: loss {loss:.4f} after {len(self.rows)} updates, the target is {self.target:g}; {chance}. "

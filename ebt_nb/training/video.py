@@ -176,10 +176,15 @@ class VideoModule(TrainingModule):
         return metrics, torch.tensor(self.num_units(batch), device=self.device)
 
     def chance_loss_and_memorised_threshold(self, batch: Batch) -> tuple[float, float]:
-        "Return the loss of predicting the mean of all frames of the batch everywhere, and a tenth of it."
-        truth = batch["frames"][:, 1:]
-        chance = self.frame_distance(truth.mean((0, 1)).expand_as(truth), truth).item()
-        return chance, chance / 10
+        """Return the loss of knowing nothing of motion, and a fifth of it.
+
+        It is that of copying the newest frame, or where that is larger (or 0: nothing moves), of the mean frame.
+        """
+        newest, truth = batch["frames"][:, :-1], batch["frames"][:, 1:]
+        copy_loss = self.frame_distance(newest, truth).item()
+        mean_loss = self.frame_distance(truth.mean((0, 1)).expand_as(truth), truth).item()
+        chance = min(copy_loss or mean_loss, mean_loss)
+        return chance, chance / 5
 
 # %% ../../nbs/training/10_video.ipynb #52a22fb0
 class EnergyVideoModule(EnergyTrainingModule, VideoModule):
