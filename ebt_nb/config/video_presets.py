@@ -87,7 +87,7 @@ def video_dinov2_transformer(size: str = "xxs") -> RunConfig:
 
 # %% ../../nbs/config/08_video_presets.ipynb #f5b8b5ef
 def video_quickstart_s1(size: str = "4xs") -> RunConfig:
-    """Minutes on a laptop: a small System 1 model, whose candidates are frames that start from noise, on moving clothes.
+    """Minutes on a laptop: a small System 1 model of moving clothes, whose candidates are frames that start from noise.
 
     The starting noise is a tenth of the published one: so short a training removes little of it.
     """
