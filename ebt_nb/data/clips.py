@@ -303,6 +303,11 @@ class ClipPart(Clip):
     first: int
     length: int
 
+    @classmethod
+    def cut(cls, clip: EncodedClip, first: int, length: int) -> "ClipPart":
+        "Return a part of a clip, which is named by its frames."
+        return cls(f"{clip.name} (frames {first} to {first + length - 1})", clip=clip, first=first, length=length)
+
     def count_frames(self, data: VideoDataConfig) -> int:
         "Return the number of frames of the part."
         return self.length
@@ -318,8 +323,10 @@ class ClipPart(Clip):
 CUT_FRACTION = 0.2  # of a clip that is cut in time, at least, for each split that is held out
 
 
-def cut_in_time(clip: EncodedClip, held_out: Sequence[str], data: VideoDataConfig) -> dict[str, Clip]:
+def cut_in_time(clip: EncodedClip, held_out: Sequence[str], data: VideoDataConfig) -> dict[str, tuple[int, int] | None]:
     """Return the part of a clip for training and, at its end, one for each split of `held_out`.
+
+    A part is its first frame and its number of frames, see `ClipPart.cut`; None is all of the clip.
 
     A held-out part has the share data.validation_fraction of the frames, at least `CUT_FRACTION`. A clip that cannot be
     read is for training, so that reading it says why. Raises DataError if there is not a frame for each part.
@@ -327,7 +334,7 @@ def cut_in_time(clip: EncodedClip, held_out: Sequence[str], data: VideoDataConfi
     try:
         num_frames = clip.count_frames(data)
     except ClipError:
-        return {"train": clip}
+        return {"train": None}
     if num_frames <= len(held_out):
         raise DataError(
             f"{clip.name}: {num_frames} frames are too few to train on and to hold out for {' and '.join(held_out)}; "
@@ -335,8 +342,7 @@ def cut_in_time(clip: EncodedClip, held_out: Sequence[str], data: VideoDataConfi
         )
     length = max(1, int(max(data.validation_fraction, CUT_FRACTION) * num_frames))
     num_training = num_frames - length * len(held_out)
-    parts = {"train": ClipPart(f"{clip.name} (begin)", clip=clip, first=0, length=num_training)}
+    parts: dict[str, tuple[int, int] | None] = {"train": (0, num_training)}
     for number, split in enumerate(held_out):
-        first = num_training + number * length
-        parts[split] = ClipPart(f"{clip.name} ({split} part)", clip=clip, first=first, length=length)
+        parts[split] = (num_training + number * length, length)
     return parts

@@ -44,7 +44,7 @@ from ebt_nb.data.cache import (
 )
 from .image_rows import column_to_tensor
 from .latents import encoder_weights_hash, latents_to_half
-from .moving_images import Clip, ClipSet
+from .moving_images import Clip, ClipPosition, ClipSet
 from .pixels import pixels_to_float
 from .sources import DataError
 from .video_sources import find_clip_set
@@ -141,7 +141,7 @@ class FrameWriter:
     def write_part(self, name: str, numbers: Sequence[int], clips: Sequence[Clip]) -> dict[str, list]:
         "Write a part if it is not there yet; return its record. Raises DataError as data.unreadable says."
         path, record_path = self.folder / f"{name}.arrow", self.folder / f"{name}.json"
-        clips_of_part = [numbers[0], numbers[-1]]
+        clips_of_part = [clips[number].name for number in numbers]
         with suppress(OSError, ValueError):
             record = json.loads(record_path.read_text())
             shape, clips_of_record = record.pop("shape"), record.pop("clips")
@@ -214,7 +214,7 @@ def frame_cache_key(config: VideoConfig) -> list[Any]:
     data, encoder = config.data, config.encoder
     source = [data.subset, data.split, data.video_column, data.max_documents, data.validation_fraction]
     frames = [data.seconds_between_frames, data.stride, data.image_size, data.channels, data.aspect]
-    key = ["frames 1", data.decode, source, frames]  # 1: version of this format
+    key = ["frames 2", data.decode, source, frames]  # 2: version of this format
     if encoder.images != "none":
         weights = encoder_weights_hash(encoder.images)
         key += [encoder.images, weights, encoder.latent_scale, encoder.pooling, data.flip]
@@ -246,12 +246,14 @@ def write_frame_cache(folder: Path, clip_set: ClipSet, config: VideoConfig, enco
     with report_progress(clip_set.name) as report:
         writer = FrameWriter(folder, config, encoder, report)
         for split in clip_set.splits:
-            record = writer.write_split(split, clip_set.clips(split, data))
+            positions = clip_set.positions(split, data)
+            record = writer.write_split(split, clip_set.find_clips(positions, data))
             unreadable += record["unreadable"]
             if not record["numbers"]:
                 reason = f": {unreadable[0]}" if unreadable else "; give a folder or a list with some"
                 raise DataError(f"{clip_set.name}: holds no clip that can be read ({split}){reason}")
-            np.save(folder / f"{split}.npy", np.array([record["numbers"], record["frames"]], np.int64))
+            np.save(folder / f"{split}.npy", np.array(record["frames"], np.int64))
+            (folder / f"{split}.json").write_text(json.dumps([positions[number] for number in record["numbers"]]))
             splits[split] = dict(files=record["files"], clips=len(record["numbers"]), frames=sum(record["frames"]))
     num_clips = sum(split["clips"] for split in splits.values())
     log_unreadable(clip_set.name, "clips", unreadable, num_clips)
@@ -325,19 +327,19 @@ def find_frame_cache(config: VideoConfig) -> Path:
 class ClipTable:
     """The clips of a split in a prepared folder.
 
-    numbers: of the clips in `ClipSet.clips`; those that cannot be read are not among them.
+    positions: where the clips lie in the source; those that cannot be read are not among them.
     lengths: frames of each clip.
     starts: number of each clip's first frame among `frames`.
     frames: rows of all frames, clip after clip; None if they are decoded when they are read.
     """
 
-    numbers: Int[np.ndarray, "clips"]
+    positions: list[ClipPosition]
     lengths: Int[np.ndarray, "clips"]
     starts: Int[np.ndarray, "clips"]
     frames: datasets.Dataset | None
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.positions)
 
     def read_window(self, row: int, start: int, count: int, column: str = "frame") -> Shaped[Tensor, "count numbers"]:
         "Return `count` frames of a clip from its frame `start` on, as they are stored."
@@ -346,7 +348,8 @@ class ClipTable:
 
     def select(self, rows: Int[np.ndarray, "rows"]) -> "ClipTable":
         "Return the table with these clips only."
-        return ClipTable(self.numbers[rows], self.lengths[rows], self.starts[rows], self.frames)
+        positions = [self.positions[row] for row in rows]
+        return ClipTable(positions, self.lengths[rows], self.starts[rows], self.frames)
 
 
 def open_frame_cache(folder: Path) -> dict[str, ClipTable]:
@@ -354,12 +357,15 @@ def open_frame_cache(folder: Path) -> dict[str, ClipTable]:
     tables = {}
     for split, part in read_prepared_info(folder)["splits"].items():
         try:
-            numbers, lengths = np.load(folder / f"{split}.npy")
+            lengths = np.load(folder / f"{split}.npy")
+            positions = [ClipPosition(*record) for record in json.loads((folder / f"{split}.json").read_text())]
+            if len(positions) != len(lengths):
+                raise ValueError(f"{len(positions)} clips instead of {len(lengths)}")
             files = [datasets.Dataset.from_file(str(folder / name)) for name in part["files"]]
             frames = datasets.concatenate_datasets(files).with_format("arrow") if files else None
             if frames is not None and len(frames) != lengths.sum():
                 raise ValueError(f"{len(frames)} frames instead of {lengths.sum()}")
         except Exception as error:
             raise DataError(damaged_message(folder, error)) from error
-        tables[split] = ClipTable(numbers, lengths, np.cumsum(lengths) - lengths, frames)
+        tables[split] = ClipTable(positions, lengths, np.cumsum(lengths) - lengths, frames)
     return tables

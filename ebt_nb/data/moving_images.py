@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['OBJECT_SIDE', 'RANGE', 'GRAVITY', 'NUM_DRAWS', 'MOTIONS', 'NOVEL_MOTION', 'DRAWN_SIDE', 'BAR_WIDTH', 'BAR_GREY',
            'FRAME_SECONDS', 'NUM_FRAMES', 'SHARE_WITH_BAR', 'NUM_TRAINING_CLIPS', 'NUM_HELD_OUT_CLIPS', 'PLAIN_SPLIT',
-           'FASHION', 'EMBEDDED_CLIP_SETS', 'Clip', 'ClipSet', 'Motion', 'has_changed', 'move_straight',
-           'move_rotating', 'move_accelerating', 'move_orbiting', 'draw_objects', 'bar_mask', 'object_images',
-           'MovingImageClip', 'MovingImages']
+           'FASHION', 'EMBEDDED_CLIP_SETS', 'Clip', 'ClipPosition', 'ClipSet', 'take_clip', 'Motion', 'has_changed',
+           'move_straight', 'move_rotating', 'move_accelerating', 'move_orbiting', 'draw_objects', 'bar_mask',
+           'object_images', 'MovingImageClip', 'MovingImages']
 
 # %% ../../nbs/data/21_moving_images.ipynb #dc210003
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import PurePath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,9 +52,25 @@ class Clip:
         raise NotImplementedError("read_frames")
 
 
+class ClipPosition(NamedTuple):
+    """Where a clip lies in its source.
+
+    name: the name of the whole clip.
+    split, number: which of the clips that the source has for this split.
+    frames: first frame and number of frames of a part of the clip; None for all of it.
+    source: which of several sources that are joined.
+    """
+
+    name: str
+    split: str
+    number: int
+    frames: tuple[int, int] | None = None
+    source: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipSet:
-    "A named set of clips."
+    "A named set of clips; a class of sets defines `clips`, or else both `positions` and `find_clips`."
 
     name: str
     description: str
@@ -73,7 +91,31 @@ class ClipSet:
 
     def clips(self, split: str, data: VideoDataConfig) -> Sequence[Clip]:
         "Return the clips of a split, in an order that is always the same; of training at most data.max_documents."
-        raise NotImplementedError("clips")
+        return self.find_clips(self.positions(split, data), data)
+
+    def positions(self, split: str, data: VideoDataConfig) -> list[ClipPosition]:
+        "Return where the clips of a split lie in the source, in the order of `clips`."
+        return [ClipPosition(clip.name, split, number) for number, clip in enumerate(self.clips(split, data))]
+
+    def find_clips(self, positions: Sequence[ClipPosition], data: VideoDataConfig) -> list[Clip]:
+        "Return the clips at these positions, without reading them. Raises DataError if another clip is there."
+        clips = {split: self.clips(split, data) for split in {position.split for position in positions}}
+        return [take_clip(clips[position.split], position, self.name) for position in positions]
+
+
+def take_clip(clips: Sequence[Clip], position: ClipPosition, source: str) -> Clip:
+    """Return the clip at a position.
+
+    Raises DataError if another one is there. The folder of a clip may have changed, but not its own name.
+    """
+    found = clips[position.number] if position.number < len(clips) else None
+    if found is not None and PurePath(found.name).name == PurePath(position.name).name:
+        return found
+    raise DataError(
+        f"data.source: {source}: {position.name} is no longer clip {position.number} ({position.split}) of it; "
+        f"{found.name if found else 'nothing'} is there now. Restore it, or delete the prepared folder in "
+        "data.cache_dir, and it is made again"
+    )
 
 # %% ../../nbs/data/21_moving_images.ipynb #dc210008
 OBJECT_SIDE = 0.35  # of the side of the frame

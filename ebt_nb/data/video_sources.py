@@ -24,14 +24,14 @@ from jaxtyping import Int
 
 from ..config.data import VideoDataConfig
 from ..config.errors import suggest
-from .clips import EncodedClip, FileClip, cut_in_time
+from .clips import ClipPart, EncodedClip, FileClip, cut_in_time
 from .documents import TEXT_SOURCES
 from .file_content import check_and_hash_file, check_file_begin
 from .image_cache import split_by_hash
 from .image_sets import SPLITS
 from .image_sources import IMAGE_SETS, file_signatures
 from .local_files import find_local_files
-from .moving_images import EMBEDDED_CLIP_SETS, Clip, ClipSet
+from .moving_images import EMBEDDED_CLIP_SETS, Clip, ClipPosition, ClipSet, take_clip
 from .published_clips import PUBLISHED_CLIPS
 from .rows import missing_column_message
 from ebt_nb.data.sources import (
@@ -84,21 +84,34 @@ class EncodedClipSet(ClipSet):
         "Return the clips of a split that the source has."
         raise NotImplementedError("source_clips")
 
-    def clips(self, split: str, data: VideoDataConfig) -> Sequence[Clip]:
-        "Return the clips of a split, in the source's order. Raises DataError if too few are left to train on."
+    def positions(self, split: str, data: VideoDataConfig) -> list[ClipPosition]:
+        "Return where the clips of a split lie, in order. Raises DataError if too few are left to train on."
         if split not in self.splits:
             raise DataError(f"data.source: {self.name!r} has no {split} set; it has {', '.join(self.splits)}")
         if split != "train" and split in self.own_splits:
-            return self.source_clips(split)
+            return [ClipPosition(clip.name, split, row) for row, clip in enumerate(self.source_clips(split))]
         clips = self.source_clips("train")[: data.max_documents]
         held_out = [name for name in self.splits if name not in self.own_splits]
+        whole = [ClipPosition(clip.name, "train", row) for row, clip in enumerate(clips)]
         if not held_out:
-            return clips
+            return whole
         if len(clips) < FEWEST_CLIPS:
-            parts = [cut_in_time(clip, held_out, data) for clip in clips]
-            return [part[split] for part in parts if split in part]
+            found = []
+            for position, clip in zip(whole, clips):
+                parts = cut_in_time(clip, held_out, data)
+                if split in parts:
+                    found.append(position._replace(frames=parts[split]))
+            return found
         rows = share_out(clips, held_out, data.validation_fraction, self.name)
-        return [clips[row] for row in rows.get(split, [])]
+        return [whole[row] for row in rows.get(split, [])]
+
+    def find_clips(self, positions: Sequence[ClipPosition], data: VideoDataConfig) -> list[Clip]:
+        "Return the clips at these positions, without reading them. Raises DataError if another clip is there."
+        found = []
+        for position in positions:
+            clip = take_clip(self.source_clips(position.split), position, self.name)
+            found.append(ClipPart.cut(clip, *position.frames) if position.frames else clip)
+        return found
 
 # %% ../../nbs/data/25_video_sources.ipynb #4ebcf275
 CLIP_ALTERNATIVES = "the clips that come with the package (data.source=moving_fashion or big_buck_bunny)"
@@ -121,9 +134,11 @@ class FileClipSet(EncodedClipSet):
         return self.groups[split]
 
     def content_hash(self) -> str:
-        "Return a hash of the files' names, sizes and dates."
-        patterns = {split: [glob.escape(str(clip.path)) for clip in clips] for split, clips in self.groups.items()}
-        return short_hash(file_signatures(patterns))
+        "Return a hash of the files' names, sizes and dates, and of their order."
+        paths = {split: [str(clip.path) for clip in clips] for split, clips in self.groups.items()}
+        orders = [sorted(range(len(group)), key=group.__getitem__) for group in paths.values()]
+        patterns = {split: [glob.escape(path) for path in group] for split, group in paths.items()}
+        return short_hash([file_signatures(patterns), orders])
 
 
 def file_clip(path: Path, group: str | None = None) -> FileClip:
@@ -308,12 +323,16 @@ class JoinedClipSet(ClipSet):
         "Return a hash of what the parts hold."
         return short_hash([part.content_hash() for part in self.parts])
 
-    def clips(self, split: str, data: VideoDataConfig) -> list[Clip]:
-        "Return the clips of a split, of all parts that have it. Raises DataError."
+    def positions(self, split: str, data: VideoDataConfig) -> list[ClipPosition]:
+        "Return where the clips of a split lie in all parts that have it, one part after the other. Raises DataError."
+        parts = [(number, part) for number, part in enumerate(self.parts) if split in part.splits]
+        return [position._replace(source=number) for number, part in parts for position in part.positions(split, data)]
+
+    def find_clips(self, positions: Sequence[ClipPosition], data: VideoDataConfig) -> list[Clip]:
+        "Return the clips at these positions, which lie one part after the other. Raises DataError."
         clips: list[Clip] = []
-        for part in self.parts:
-            if split in part.splits:
-                clips += part.clips(split, data)
+        for number, part in enumerate(self.parts):
+            clips += part.find_clips([position for position in positions if position.source == number], data)
         return clips
 
 
