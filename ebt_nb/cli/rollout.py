@@ -59,7 +59,7 @@ def choose_video_files(args: argparse.Namespace) -> list[Path]:
     if args.output is None:
         return []
     if args.format == "mp4":
-        from ebt_nb.inference.video_files import find_mp4_codec
+        from ebt_nb.inference.video_writing import find_mp4_codec
 
         find_mp4_codec()
     folder = Path(args.output).expanduser()
@@ -73,7 +73,7 @@ def choose_video_files(args: argparse.Namespace) -> list[Path]:
 def write_videos(found: "RolloutEvaluation", files: list[Path], rate: float) -> list[Path]:
     "Write the clips of an evaluation as videos and filmstrips; return the videos, fewer if there are fewer clips."
     from ebt_nb.inference.rollout_metrics import COPY, TRUTH
-    from ebt_nb.inference.video_files import make_filmstrip, save_picture, save_video, stack_clips
+    from ebt_nb.inference.video_writing import make_filmstrip, save_picture, save_video, stack_clips
 
     names = [name for name in found.clips if name != COPY]
     num_observed = [None if name == TRUTH else found.condition for name in names]
