@@ -34,10 +34,11 @@ def save_checkpoint(path, kind="ebt", cache=None, **changes):
     torch.save(checkpoint | changes, path)
 
 
-def save_image_checkpoint(path, kind, cache):
-    "Save a small untrained image model as training saves it."
-    data = {"data.cache_dir": str(cache), "diffusion.steps": 100}
-    module = build_module(build_config("image/quickstart", {"model.kind": kind} | SIZE | data))
+def save_untrained_checkpoint(path, preset, cache, **changes):
+    "Save a small untrained model of images or video as training saves it."
+    settings = SIZE | {"data.cache_dir": str(cache)}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    module = build_module(build_config(preset, settings))
     checkpoint = dict(state_dict=module.state_dict())
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path)
@@ -51,7 +52,10 @@ def home(tmp_path_factory):
     for kind in ("ebt", "transformer"):
         save_checkpoint(folder / f"{kind}.ckpt", kind, cache)
     for kind in ("image_ebt", "dit"):
-        save_image_checkpoint(folder / f"{kind}.ckpt", kind, cache)
+        settings = dict(model__kind=kind, diffusion__steps=100)
+        save_untrained_checkpoint(folder / f"{kind}.ckpt", "image/quickstart", cache, **settings)
+    clips = dict(data__image_size=8, data__context=4, data__decode="on_the_fly", data__max_documents=8)
+    save_untrained_checkpoint(folder / "video_ebt.ckpt", "video/quickstart", cache, **clips)
     other_tokenizer = dict(name="austen_2k", fingerprint="0" * 64)
     save_checkpoint(folder / "other_tokenizer.ckpt", cache=cache, tokenizer=other_tokenizer)
     save_checkpoint(folder / "image.ckpt", cache=cache, config={"format": FORMAT, "model": {"kind": "image"}})
@@ -196,8 +200,9 @@ def evaluate_on_ranks(forker, home):
         ["ebt.ckpt", "--data", "austen", "--limit", "7"],
         ["image_ebt.ckpt", "--limit", "5"],
         ["dit.ckpt", "--limit", "5", "-p", "diffusion.sampling_steps=4"],
+        ["video_ebt.ckpt", "--limit", "18"],
     ],
-    ids=["text", "images", "diffusion"],
+    ids=["text", "images", "diffusion", "video"],
 )
 def test_ranks_share_what_one_process_evaluates(evaluate, evaluate_on_ranks, words):
     "Rank 0 prints the figures of one process, to rounding; the other prints nothing."

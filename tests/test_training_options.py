@@ -1,5 +1,7 @@
 """What may be switched on while training: it says more about a run, and changes none of its numbers."""
 
+import re
+
 import pytest
 
 from ebt_nb.config.errors import ConfigError
@@ -28,6 +30,8 @@ def small_config(folder, preset="text/quickstart", **changes):
     }
     if preset.startswith("image/"):
         small["data.image_size"] = 8
+    elif preset.startswith("video/"):
+        small |= {"data.image_size": 8, "data.context": 4, "data.decode": "on_the_fly"}
     else:
         small |= {"data.context": 8, "data.tokenizer": "austen_2k", "model.vocab_size": 2048}
     return build_config(preset, small | changes)
@@ -126,3 +130,13 @@ def test_fast_dev_run_leaves_nothing(tmp_path, forker):
     assert not (tmp_path / "runs").exists()
     code, _, err = forker.run("train", "--resume", "some/run", "--fast-dev-run", cwd=tmp_path)
     assert code == 2 and "--fast-dev-run: keeps nothing" in err
+
+
+def test_overfitting_clips_is_measured_against_a_copied_frame(tmp_path, forker):
+    config = small_config(tmp_path, "video/quickstart", **{"model.width": 64, "optim.peak_lr": 5e-3})
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    code, out, err = forker.run("overfit", "run.yaml", "--updates", 300, "--interval", 100, cwd=tmp_path)
+    assert code == 0 and "update  100  loss" in out and "memorised: loss 0.0" in out, (out, err)
+    code, out, err = forker.run("overfit", "run.yaml", "--updates", 2, cwd=tmp_path)
+    target, chance = map(float, re.search(r"the target is (\S+); the loss at chance is (\S+)\.", err).groups())
+    assert code == 1 and "experiments/inspect_video" in err and abs(5 * target / chance - 1) < 0.01, err

@@ -39,7 +39,7 @@ def measure_pixels(frames: Clips, truth: Clips) -> PixelQuality:
     return PixelQuality(quality.psnr.view(frames.shape[:2]), quality.ssim.view(frames.shape[:2]))
 
 # %% ../../nbs/inference/16_frame_metrics.ipynb #5aebecff
-ClipMaps = list[Float[Tensor, "clips frames features rows columns"]]
+ClipMaps = list[Float[Tensor, "clips _ _ _ _"]]  # frames, features, rows and columns of each map
 
 
 class ClipFeatures(NamedTuple):
