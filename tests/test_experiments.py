@@ -39,6 +39,7 @@ IMAGES = {
     "optim.warmup_steps": 1,
 }
 VIDEO = IMAGES | {
+    "data.decode": "on_the_fly",  # of 800 held-out clips only those are drawn that are measured
     "data.image_size": 8,
     "data.context": 6,
     "data.max_documents": 8,
