@@ -1,6 +1,6 @@
 """What all tests share: options, threads, fixtures, and checks of shapes and types.
 
-jaxtyping and beartype check every annotation in the package's signatures while the tests run.
+jaxtyping and beartype check every annotation in the package's signatures while the tests run (`type_checks`).
 """
 
 import gc
@@ -11,10 +11,9 @@ import datasets  # noqa: F401  with Lightning before the import hook, which comp
 import lightning.pytorch  # noqa: F401
 import pytest
 import torch
-from beartype import BeartypeConf, beartype
+import type_checks
 from forked import Forker
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
 
 NUM_CORES = min(2, os.cpu_count() or 1)
@@ -23,8 +22,7 @@ torch.set_num_threads(max(1, NUM_CORES // NUM_TEST_PROCESSES))
 
 gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/12_main`)
 
-check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is annotated is fine
-import_hook = install_import_hook("ebt_nb", "conftest.check_types")  # before anything imports the package
+type_checks.install()  # before anything imports the package
 
 # tests with drawn inputs: a few fixed examples in the suite; `EBT_FUZZ=10000` draws so many new ones
 NUM_EXAMPLES = int(os.environ.get("EBT_FUZZ", 0))

@@ -8,7 +8,6 @@ __all__ = ['AnalysisError', 'check_index', 'check_trace_index', 'candidate_path'
            'landscape_title', 'draw_contours', 'draw_path', 'draw_text', 'energy_at_position']
 
 # %% ../../nbs/analysis/00_landscape.ipynb #5f13183c
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -278,7 +277,7 @@ def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
     interval = -(-last // 5)
     numbered = [k for k in range(last + 1) if k % interval == 0 or k == last]
     for k in numbered:
-        is_above = points[k, 1] >= points[max(k - 1, 0) : k + 2, 1].mean()
+        is_above = bool(points[k, 1] >= points[max(k - 1, 0) : k + 2, 1].mean())
         draw_text(ax, str(k), points[k], (0, 7 if is_above else -7), "center", is_above)
     lines = [f"{k} {labels[k]}" for k in numbered if labels[k]]
     if lines:
@@ -286,7 +285,13 @@ def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
 
 
 def draw_text(
-    ax: Axes, text: str, point: Sequence[float], offset: tuple[int, int], align: str, is_above: bool, **options
+    ax: Axes,
+    text: str,
+    point: Float64[np.ndarray, "axis"] | tuple[float, float],
+    offset: tuple[int, int],
+    align: str,
+    is_above: bool,
+    **options,
 ) -> None:
     "Write text on a light ground next to a point."
     ax.annotate(
