@@ -114,26 +114,37 @@ def select_lengths(
     return sorted({round(n) for n in np.linspace(1, context - 1, count)})
 
 # %% ../../nbs/inference/10_bench.ipynb #901a017c
-def compare_generation(
-    module: LanguageModule, batch: int, seconds: float = 120, repeats: int = 3
-) -> GenerationComparison:
-    """Generate `batch` texts that fill the context, `repeats` times, and compare with predictions without the cache.
-
-    About `seconds` are spent on the predictions without the cache.
-    """
-    context, indices = module.config.data.context, range(batch)
-    settings = EnergyGenerationConfig(
-        temperature=1.0, top_p=1.0, max_new_tokens=context - 1, stop_at_end=False, drafts=1
+def _create_generators(
+    module: LanguageModule, max_new_tokens: int, compiled: bool
+) -> tuple[TextGenerator, TextGenerator, dict[str, TextGenerator]]:
+    "Return the generator with the cache, the one that drafts as well, and by name those without the cache."
+    plain = EnergyGenerationConfig(
+        temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens, stop_at_end=False, drafts=1
     )
-    one_token = settings.model_copy(update=dict(max_new_tokens=1))
-    cached = TextGenerator(module, None, settings)
-    drafting = TextGenerator(module, None, settings.model_copy(update=dict(drafts=None)))
+    settings = plain.model_copy(update=dict(compile=compiled))
+    one_token = plain.model_copy(update=dict(max_new_tokens=1))
     uncached = {
         way: TextGenerator(module, None, one_token, cached=False, through_both=way == "published")
         for way in ("published", "lean")
     }
+    drafting = TextGenerator(module, None, settings.model_copy(update=dict(drafts=None)))
+    return TextGenerator(module, None, settings), drafting, uncached
+
+
+def compare_generation(
+    module: LanguageModule, batch: int, seconds: float = 120, repeats: int = 3, compiled: bool = False
+) -> GenerationComparison:
+    """Generate `batch` texts that fill the context, `repeats` times, and compare with predictions without the cache.
+
+    About `seconds` are spent on the predictions without the cache. `compiled` is `generation.compile` of generation
+    with the cache; raises ConfigError where a step cannot be compiled.
+    """
+    context, indices = module.config.data.context, range(batch)
+    cached, drafting, uncached = _create_generators(module, context - 1, compiled)
     prompts = [[(1 + row) % module.config.model.vocab_size] for row in indices]
     measured = select_lengths(list(uncached.values()), context, indices, seconds)
+    if compiled:  # the graph is compiled before anything is measured
+        take_tokens(cached.continue_completions(cached.start_completions(prompts, indices)), 2 * batch)
     cached_times, drafted_times, uncached_times, num_same = [], [], {way: {} for way in uncached}, 0
     for k in range(repeats):
         completions, times = cached.start_completions(prompts, indices), []
