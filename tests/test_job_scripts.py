@@ -241,7 +241,7 @@ def test_video_is_encoded_and_trained_with_the_same_settings(checkout, script, p
     words = ["-p", "data.source=/some clips", "-p", "model.size=xs"]
     done = checkout(f"vid/pretrain/{script}", *words)
     passed_on = "|".join(["--preset", preset, *words])
-    assert done.returncode == 0 and done.stdout == f"encode|{passed_on}|train|{passed_on}|", done.stderr
+    assert done.returncode == 0 and done.stdout == f"encode|{passed_on}|\ntrain|{passed_on}|\n", done.stderr
     config = build_config(preset, words[1::2])
     assert config.run.name == preset and config.data.kind == "video" and config.encoder.images != "none"
 
@@ -258,8 +258,8 @@ def test_video_is_encoded_and_trained_with_the_same_settings(checkout, script, p
 def test_rollouts_are_of_encoded_clips(checkout, script, preset, data):
     "Clips of another source are encoded as the model's; words and settings are those that `ebt rollout` takes."
     done = checkout(f"vid/inference/{script}", "--limit", "3")
-    *encoded, rolled_out = done.stdout.split("rollout|")
-    words = rolled_out.rstrip("|").split("|")
+    *encoded, rolled_out = done.stdout.splitlines()
+    words = rolled_out.removeprefix("rollout|").rstrip("|").split("|")
     assert done.returncode == 0 and words[0] == f"{preset}:best" and words[-2:] == ["--limit", "3"], done.stderr
     expected = "" if data is None else f"encode|--preset|{preset}|-p|data.source={data}|"
     assert "".join(encoded) == expected

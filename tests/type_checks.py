@@ -32,7 +32,24 @@ def mentions_array(annotation) -> bool:
     "Return whether an annotation has named axes, as `Float[Tensor, ...]` or a type made of such."
     if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
         return True
-    return isinstance(annotation, str) or any(map(mentions_array, getattr(annotation, "__args__", ())))
+    return any(map(mentions_array, getattr(annotation, "__args__", ())))
+
+
+def resolve_annotations(function) -> dict:
+    """Replace the annotations that are texts by what they name, and return all that are left.
+
+    One that names what its module imports only for readers of types, or defines later, is left out.
+    """
+    annotations = {}
+    for name, annotation in function.__annotations__.items():
+        if isinstance(annotation, str):
+            try:
+                annotation = eval(annotation, function.__globals__)
+            except NameError:
+                continue
+        annotations[name] = annotation
+    function.__annotations__ = annotations
+    return annotations
 
 
 def share_axes(checked, function):
@@ -75,7 +92,7 @@ def check_calls(function=None, *, typechecker):
         return functools.partial(check_calls, typechecker=typechecker)
     if not isinstance(function, types.FunctionType):
         return jaxtyped(function, typechecker=typechecker)
-    annotations = function.__annotations__
+    annotations = resolve_annotations(function)
     if not annotations:
         return function
     through_target = "<locals>" in function.__qualname__ or inspect.isgeneratorfunction(function)

@@ -213,7 +213,7 @@ def match_parameter_count(config: RunConfig, parameters: int) -> RunConfig:
 def check_cache_space(data: DataModule) -> str | None:
     """Return a line about the disk space that preparing a corpus takes; None where that is little.
 
-    Of video, `data/24_frame_cache` says it itself, before it decodes the first clip.
+    Of video, `data/26_frame_cache` says it itself, before it decodes the first clip.
     Raises ConfigError when `data.cache_dir` has too little space.
     """
     config, source = data.config.data, data.source
