@@ -9,6 +9,7 @@ import functools
 import inspect
 import threading
 import types
+from typing import ForwardRef, Literal, get_origin
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -35,19 +36,30 @@ def mentions_array(annotation) -> bool:
     return any(map(mentions_array, getattr(annotation, "__args__", ())))
 
 
-def resolve_annotations(function) -> dict:
-    """Replace the annotations that are texts by what they name, and return all that are left.
+def is_resolvable(annotation, names: dict) -> bool:
+    "Return whether all texts in an annotation, as in list['Run'], are names that are defined."
+    if isinstance(annotation, ForwardRef):
+        annotation = annotation.__forward_arg__
+    if isinstance(annotation, str):
+        try:
+            eval(annotation, names)
+        except NameError:
+            return False
+        return True
+    if get_origin(annotation) is Literal:
+        return True
+    return all(is_resolvable(part, names) for part in getattr(annotation, "__args__", ()))
 
-    One that names what its module imports only for readers of types, or defines later, is left out.
+
+def keep_resolvable(function) -> dict:
+    """Remove the annotations that cannot be checked, and return the others; texts become what they name.
+
+    Such are names that a module imports only for readers of types, or defines later.
     """
-    annotations = {}
+    names, annotations = function.__globals__, {}
     for name, annotation in function.__annotations__.items():
-        if isinstance(annotation, str):
-            try:
-                annotation = eval(annotation, function.__globals__)
-            except NameError:
-                continue
-        annotations[name] = annotation
+        if is_resolvable(annotation, names):
+            annotations[name] = eval(annotation, names) if isinstance(annotation, str) else annotation
     function.__annotations__ = annotations
     return annotations
 
@@ -92,7 +104,7 @@ def check_calls(function=None, *, typechecker):
         return functools.partial(check_calls, typechecker=typechecker)
     if not isinstance(function, types.FunctionType):
         return jaxtyped(function, typechecker=typechecker)
-    annotations = resolve_annotations(function)
+    annotations = keep_resolvable(function)
     if not annotations:
         return function
     through_target = "<locals>" in function.__qualname__ or inspect.isgeneratorfunction(function)
