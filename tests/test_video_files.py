@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
         write_noise(folder / name, seed, **options)
     turn(folder / "phone.mp4")
     write_noise(folder / "short.mp4", 20, [0.0, 0.1])
-    write_noise(folder / "source.mp4", 21, [k / 10 for k in range(12)], movflags="faststart")
+    write_noise(folder / "source.mp4", 21, [k / 10 for k in range(12)], index_first=True)
     write_noise(folder / "source.webm", 22, [k / 10 for k in range(20)], codec="libvpx-vp9")
     index_first = (folder / "source.mp4").read_bytes()
     last_index = (folder / "fast.mp4").read_bytes()

@@ -112,19 +112,23 @@ def write_clip(
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
     format: str | None = None,
+    index_first: bool = False,
     **options: str,
 ) -> None:
     """Write frames to a video file.
 
     target: a path whose suffix names the kind of file, or an open file of the kind `format`.
     times: seconds at which each frame is shown, ascending; they are kept to a hundredth of a second or finer.
-    options: FFmpeg's, of the kind of file or of the codec.
+    index_first: whether an mp4 has its index before its frames.
+    options: FFmpeg's, of the codec.
     """
     av = import_av()
     channels, height, width = frames.shape[1:]
     source = target if not isinstance(target, Path) else str(target)
-    reproducible = {"fflags": "+bitexact"}  # no random identifiers
-    with av.open(source, "w", format=format, options=reproducible | options) as container:
+    of_container = {"fflags": "+bitexact"}  # no random identifiers
+    if index_first:
+        of_container["movflags"] = "faststart"
+    with av.open(source, "w", format=format, options=of_container) as container:
         stream = container.add_stream(codec, rate=100, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.time_base = Fraction(1, 100)
