@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,26 @@ def requeue_job() -> str | None:
         obstacle = _obstacle_to_requeueing(job)
         if obstacle is not None:
             return obstacle
-        answer = _run_scontrol("requeue", job)
-        if answer.returncode:
-            return f"Slurm job {job} was not queued again: {answer.stderr.strip()}"
+        with _ignore_sigterm() as keep_ignoring:
+            answer = _run_scontrol("requeue", job)
+            if answer.returncode:
+                return f"Slurm job {job} was not queued again: {answer.stderr.strip()}"
+            keep_ignoring()
         return f"Slurm job {job} is queued again, and will resume by itself"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"Slurm job {job} was not queued again: scontrol cannot be run ({error})"
+
+
+@contextmanager
+def _ignore_sigterm() -> Iterator[Callable[[], Any]]:
+    """Inside, ignore the SIGTERM with which Slurm ends a job that is queued again; it ends by itself.
+
+    Otherwise it could not say why. The function that is given keeps this so afterwards. Only the main thread can.
+    """
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_IGN))
+        yield stack.pop_all
 
 
 def _obstacle_to_requeueing(job: str) -> str | None:
