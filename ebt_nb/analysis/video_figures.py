@@ -19,6 +19,7 @@ from torch import Tensor
 from .image_figures import show_image
 from .landscape import AnalysisError, create_figure
 from ..config.kinds import VideoConfig
+from ..data.moving_images import MovingImageClip
 from ..data.video_loaders import VideoDataModule
 from ..inference.next_token import freeze_for_inference
 from ..inference.rollout_metrics import select_held_out_clips
@@ -116,7 +117,7 @@ def frame_facts(
     facts = {"covered": [], "bounced": [], "speed": []}
     for row, start in zip(rows, starts):
         clip = clips[row]
-        if not hasattr(clip, "truth"):
+        if not isinstance(clip, MovingImageClip):
             raise AnalysisError(f"{clip.name}: only generated clips know what happens in them; take moving_fashion")
         truth = {name: values[start : start + window] for name, values in clip.truth(config.data).items()}
         facts["covered"].append(truth["covered"][1:].max(1))
