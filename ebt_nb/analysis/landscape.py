@@ -221,10 +221,12 @@ def evaluate_plane(
     landscape_index: int,
     x: Float64[Tensor, "columns"],
     y: Float64[Tensor, "rows"],
+    batch_size: int = 64,
 ) -> Landscape:
-    "Evaluate the energy on a grid of a plane, and at the points of its path."
+    "Evaluate the energy on a grid of a plane, `batch_size` candidates at a time, and at the points of its path."
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
-    energies = candidate_energies(energy, space, plane.candidates_at(grid.flatten(0, 1)), landscape_index)
+    candidates = plane.candidates_at(grid.flatten(0, 1))
+    energies = candidate_energies(energy, space, candidates, landscape_index, batch_size)
     path_energies = candidate_energies(energy, space, plane.path, landscape_index)
     return Landscape(plane, landscape_index, x, y, energies.view(len(y), len(x)).cpu(), path_energies.cpu())
 
