@@ -114,7 +114,7 @@ class LandscapeView(View):
         explored: what is shown now.
     """
 
-    _esm = load_script("landscape")
+    _esm = load_script("landscape", "fields")
 
     def __init__(self, explored: ExploredLandscape, planes: Sequence[str] = ("path",)):
         super().__init__()

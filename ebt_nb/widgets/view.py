@@ -41,15 +41,15 @@ def read_widget_file(name: str) -> str:
     return (ASSETS / "widgets" / name).read_text(encoding="utf-8")
 
 
-def load_script(name: str) -> str:
-    """Return the JavaScript module of a view, with the common parts before it.
+def load_script(name: str, *parts: str) -> str:
+    """Return the JavaScript module of a view, with the common parts before it, and those of `parts` that it needs.
 
     Raises WorkbenchError if the file does not end with `export default { render };`, which both hosts rely on.
     """
     script = read_widget_file(f"{name}.js").rstrip()
     if not script.endswith(EXPORT):
         raise WorkbenchError(f"assets/widgets/{name}.js: it must end with `{EXPORT}`")
-    return read_widget_file("common.js") + "\n" + script + "\n"
+    return "\n".join([*(read_widget_file(f"{part}.js") for part in ("common", *parts)), script]) + "\n"
 
 
 EXPORT = "export default { render };"
