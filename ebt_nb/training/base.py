@@ -205,7 +205,7 @@ class TrainingModule(PretrainedModule, MetricsModule):
 
     @property
     def step_graphs(self) -> GraphCache | None:
-        "Where training steps are recorded as graphs; None where they run eagerly. For kinds that support it."
+        "Where training steps are recorded as graphs; None where they run eagerly."
         return self._graph_cache if resolve_compile(self.config, self.device.type) else None
 
     def batch_rng(self, batch: Batch, micro_step: int | None = None) -> RandomKeys:
