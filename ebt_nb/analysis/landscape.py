@@ -142,6 +142,7 @@ class Landscape:
         y: coordinates of the grid along the second axis.
         energies: `energies[j, i]` is the energy at (`x[i]`, `y[j]`).
         path_energies: the energies of the path's points.
+        labels: names of the path's points, if they have some.
     """
 
     plane: Plane
@@ -150,6 +151,11 @@ class Landscape:
     y: Float64[Tensor, "resolution"]
     energies: Float[Tensor, "resolution resolution"]
     path_energies: Float[Tensor, "points"]
+    labels: list[str] | None = None
+
+    def plot(self) -> Figure:
+        "Plot the contours with the path on top."
+        return plot_landscape(self, labels=self.labels)
 
 # %% ../../nbs/analysis/00_landscape.ipynb #1de330fe
 @torch.no_grad()
