@@ -25,7 +25,8 @@ BELOW = {  # room -> rooms it may import from, its own apart
     "inference": "config compute runs models thinking data training",
     "analysis": "config compute runs models thinking data training inference",
     "jobs": "config compute runs models thinking data training inference",
-    "cli": "config compute runs models thinking data training inference analysis jobs",
+    "widgets": "config compute runs models thinking data training inference analysis jobs",
+    "cli": "config compute runs models thinking data training inference analysis jobs widgets",
 }
 
 
