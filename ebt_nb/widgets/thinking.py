@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..analysis.landscape import AnalysisError
 from ..analysis.thought import TextTrace, trace_text
 from ..config.errors import ConfigError, suggest
@@ -115,7 +113,9 @@ def model_row(
 
     `module` is the model with changed settings. A record is None where nothing was predicted.
     """
-    row = dict(name=model.name, title=f"{model.name} ({module.title})", runs=runs, notes=module.inference_notes(), own=None)
+    row = dict(
+        name=model.name, title=f"{model.name} ({module.title})", runs=runs, notes=module.inference_notes(), own=None
+    )
     if not isinstance(module, EnergyLanguageModule):
         return row
     trained, inference = model.module.descent, model.module.config.inference
