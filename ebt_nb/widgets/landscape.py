@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-
 from ..analysis.landscape import AnalysisError, Landscape
 from ebt_nb.analysis.planes import (
     ExploredLandscape,

@@ -190,7 +190,8 @@ function lineChart(series, options = {}) {
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
     );
   }
-  for (const tick of niceTicks(xLow, xHigh, 5)) {
+  const isWhole = points.every((point) => Number.isInteger(point[0])); // steps and samples have no halves
+  for (const tick of niceTicks(xLow, xHigh, 5).filter((value) => !isWhole || Number.isInteger(value))) {
     svg.append(shape("text", { x: xAt(tick), y: height - margin.bottom + 15, "text-anchor": "middle" },
       formatNumber(tick, 4)));
   }
