@@ -84,7 +84,8 @@ function choice(label, options, value, onChange) {
 }
 
 function button(label, onClick, attributes = {}) {
-  return element("button", { type: "button", class: "ebt-button", onclick: onClick, ...OWN_KEYS, ...attributes }, label);
+  const own = { type: "button", class: "ebt-button", onclick: onClick, ...OWN_KEYS };
+  return element("button", { ...own, ...attributes }, label);
 }
 
 function textBox(label, value, onEnter) {
@@ -170,9 +171,9 @@ function niceTicks(low, high, count = 4) {
 }
 
 // A line chart as SVG. `series`: [{ name, points: [[x, y], ...], color, dashed, marked }]; `options`: title, xLabel,
-// yLabel, width, height, wholeX (x counts something), marker (an x at which a vertical line stands). Points with y === null are left out.
+// yLabel, width, height, marker (an x at which a vertical line stands). Points with y === null are left out.
 function lineChart(series, options = {}) {
-  const { width = 340, height = 190, title = "", xLabel = "", yLabel = "", marker = null, wholeX = false } = options;
+  const { width = 340, height = 190, title = "", xLabel = "", yLabel = "", marker = null } = options;
   const margin = { left: 52, right: 10, top: title ? 24 : 10, bottom: 36 };
   const points = series.flatMap((one) => one.points.filter((point) => point[1] !== null));
   const [xLow, xHigh] = extent(points.map((point) => point[0]));
@@ -193,7 +194,8 @@ function lineChart(series, options = {}) {
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
     );
   }
-  for (const tick of niceTicks(xLow, xHigh, 5).filter((value) => !wholeX || Number.isInteger(value))) {
+  const isWhole = points.every((point) => Number.isInteger(point[0])); // steps and samples have no halves
+  for (const tick of niceTicks(xLow, xHigh, 5).filter((value) => !isWhole || Number.isInteger(value))) {
     svg.append(shape("text", { x: xAt(tick), y: height - margin.bottom + 15, "text-anchor": "middle" },
       formatNumber(tick, 4)));
   }

@@ -144,7 +144,7 @@ function pointFacts(view) {
     barChart(rows, 1, "likeliest tokens"),
     element("p", { class: "ebt-note" }, `entropy ${formatNumber(path.entropies[step])} nats${target}`),
     element("table", {}, head, ...facts),
-    lineChart(series, { title: "Energy along the path", xLabel: "step", marker: step, height: 160, wholeX: true }),
+    lineChart(series, { title: "Energy along the path", xLabel: "step", marker: step, height: 160 }),
     legend(series));
 }
 
@@ -193,7 +193,8 @@ class LandscapePage {
   }
 
   moveCross(event) {
-    const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] || [0, 0];
+    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+    const [dx, dy] = moves[event.key] || [0, 0];
     if (event.key === "Enter" && this.cross) this.descend(false);
     else if (!dx && !dy) return;
     else {
