@@ -11,7 +11,6 @@ import base64
 import io
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
