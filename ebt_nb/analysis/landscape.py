@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['AnalysisError', 'check_index', 'check_trace_index', 'candidate_path', 'Plane', 'fit_plane', 'orthogonal_direction',
-           'Landscape', 'candidate_energies', 'compute_landscape', 'create_figure', 'escape_dollars', 'plot_landscape',
-           'landscape_title', 'draw_contours', 'draw_path', 'draw_text', 'energy_at_position']
+           'Landscape', 'candidate_energies', 'compute_landscape', 'escape_dollars', 'plot_landscape',
+           'landscape_title', 'draw_contours', 'contour_levels', 'draw_path', 'points_to_number', 'draw_text',
+           'energy_at_position']
 
 # %% ../../nbs/analysis/00_landscape.ipynb #5f13183c
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..compute.rng import RandomKeys
 from ..config.errors import WorkbenchError
 from ..models.energy import EnergyTransformer
 from ..models.kv_cache import KeyValueCache, select_rows
+from ..runs.figures import COLORS, create_figure
 from ..thinking.descent import Energy, Trace
 from ..thinking.spaces import PredictionSpace
 
@@ -140,6 +142,7 @@ class Landscape:
         y: coordinates of the grid along the second axis.
         energies: `energies[j, i]` is the energy at (`x[i]`, `y[j]`).
         path_energies: the energies of the path's points.
+        labels: names of the path's points, if they have some.
     """
 
     plane: Plane
@@ -148,6 +151,11 @@ class Landscape:
     y: Float64[Tensor, "resolution"]
     energies: Float[Tensor, "resolution resolution"]
     path_energies: Float[Tensor, "points"]
+    labels: list[str] | None = None
+
+    def plot(self) -> Figure:
+        "Plot the contours with the path on top."
+        return plot_landscape(self, labels=self.labels)
 
 # %% ../../nbs/analysis/00_landscape.ipynb #1de330fe
 @torch.no_grad()
@@ -196,18 +204,6 @@ def compute_landscape(
     return Landscape(plane, landscape_index, x, y, energies.view(resolution, resolution).cpu(), path_energies.cpu())
 
 # %% ../../nbs/analysis/00_landscape.ipynb #772d85a3
-def create_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
-    """Return a figure of this size (inches) that pyplot does not keep, and its axes [rows, columns].
-
-    `options` are those of `plt.subplots`.
-    """
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), dpi=80, layout="constrained", squeeze=False, **options
-    )
-    plt.close(figure)
-    return figure, axes
-
-
 def escape_dollars(text: str) -> str:
     "Return text that matplotlib draws as it is; a dollar sign would start a formula."
     return text.replace("$", r"\$")
@@ -228,7 +224,7 @@ def plot_landscape(*landscapes: Landscape, labels: list[str] | None = None) -> F
     for landscape, ax in zip(landscapes, axes[0]):
         draw_contours(figure, ax, landscape)
         draw_path(ax, landscape, labels or [""] * len(landscape.plane.path))
-        ax.set_title(landscape_title(landscape), fontsize=9)
+        ax.set_title(landscape_title(landscape))
     return figure
 
 
@@ -247,13 +243,12 @@ def landscape_title(landscape: Landscape) -> str:
 
 # %% ../../nbs/analysis/00_landscape.ipynb #bc581ea2
 def draw_contours(figure: Figure, ax: Axes, landscape: Landscape) -> None:
-    "Draw filled contours at quantiles, a colour bar, and axis labels that say how much of the path they show."
-    levels = np.unique(np.quantile(landscape.energies.double().numpy(), np.linspace(0, 1, 17)))
-    if len(levels) < 2:
-        levels = levels[0] + np.array([-0.5, 0.5])
-    norm = plt.matplotlib.colors.BoundaryNorm(levels, 256)
-    contours = ax.contourf(landscape.x, landscape.y, landscape.energies, levels, cmap="viridis", norm=norm)
-    figure.colorbar(contours, ax=ax, label="energy", ticks=levels[:: max(1, len(levels) // 6)], format="%.3g")
+    "Draw filled contours at even levels, a colour bar, and axis labels that say how much of the path they show."
+    energies = landscape.energies.double().numpy()
+    levels = contour_levels(energies, landscape.path_energies.double().numpy())
+    extend = "max" if energies.max() > levels[-1] else "neither"
+    contours = ax.contourf(landscape.x, landscape.y, energies, levels, cmap="viridis", extend=extend)
+    figure.colorbar(contours, ax=ax, label="energy", ticks=MaxNLocator(6))
     plane = landscape.plane
     for i, set_label in enumerate((ax.set_xlabel, ax.set_ylabel)):
         if i >= 2 - plane.num_filler_axes:
@@ -263,8 +258,19 @@ def draw_contours(figure: Figure, ax: Axes, landscape: Landscape) -> None:
     ax.set_aspect("equal")
 
 
+def contour_levels(
+    energies: Float64[np.ndarray, "rows columns"], path_energies: Float64[np.ndarray, "points"]
+) -> Float64[np.ndarray, "levels"]:
+    "Return even, round levels from the lowest energy to the path's highest, and at least to the 80 % quantile."
+    low, high = energies.min(), max(np.quantile(energies, 0.8), path_energies.max())
+    high = min(high, energies.max())
+    if high <= low:
+        return np.array([low - 0.5, low + 0.5])
+    return MaxNLocator(14).tick_values(low, high)
+
+
 def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
-    """Draw a line for each move, and points; all points are numbered, or every few and the last if there are many.
+    """Draw a line for each move, and points; points are numbered as far as the numbers do not cover each other.
 
     Labels that are not empty are listed in a corner, by number.
     """
@@ -272,16 +278,25 @@ def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
     for k, index in enumerate(landscape.plane.landscapes):
         color = "white" if index == landscape.landscape_index else "0.6"
         ax.plot(*points[k : k + 2].T, color=color, lw=1.6, zorder=2)
-    colors = ["tab:red"] * last + ["gold"]
+    colors = [COLORS[3]] * last + ["gold"]
     ax.scatter(*points.T, s=26, c=colors, edgecolors="black", linewidths=0.6, zorder=4)
-    interval = -(-last // 5)
-    numbered = [k for k in range(last + 1) if k % interval == 0 or k == last]
+    numbered = points_to_number(points, min_distance=0.08 * float(landscape.x[-1] - landscape.x[0]))
     for k in numbered:
         is_above = bool(points[k, 1] >= points[max(k - 1, 0) : k + 2, 1].mean())
         draw_text(ax, str(k), points[k], (0, 7 if is_above else -7), "center", is_above)
     lines = [f"{k} {labels[k]}" for k in numbered if labels[k]]
     if lines:
         draw_text(ax, "\n".join(lines), (0, 0), (6, 6), "left", True, xycoords="axes fraction")
+
+
+def points_to_number(points: Float64[np.ndarray, "points axis"], min_distance: float) -> list[int]:
+    "Return indices of points whose numbers do not cover each other: the last, the first, then those on the way."
+    last = len(points) - 1
+    chosen = [last]
+    for k in range(last):
+        if np.linalg.norm(points[chosen] - points[k], axis=1).min() >= min_distance:
+            chosen.append(k)
+    return sorted(chosen)
 
 
 def draw_text(
