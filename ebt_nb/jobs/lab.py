@@ -77,9 +77,7 @@ def unlink_missing(notebook: str, folder: Path, names: set[str]) -> str:
 
 # %% ../../nbs/jobs/22_lab.ipynb #025a60fa
 SAVE_HOOK = "ebt_nb.jobs.lab.clean_before_save"
-UNCLEAN_NOTE = (
-    "ebt lab: without git and nbdev a notebook that was only run is saved as changed; install them"
-)
+UNCLEAN_NOTE = "ebt lab: without git and nbdev a notebook that was only run is saved as changed; install them"
 
 
 def lab_options(folders: LabFolders, keep_outputs: bool = False) -> list[str]:
