@@ -7,7 +7,6 @@ A page that a test failed on is kept as a picture in the test's folder of pytest
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,13 +79,31 @@ def test_lab_opens_start_here(lab, page):
 def test_start_here_runs_and_leaves_the_checkout_clean(lab, page):
     open_notebook(page, lab, "nbs/start_here.ipynb")
     run_all(page)
-    images = page.locator(f"{NOTEBOOK} .jp-OutputArea-output img")
-    assert images.count() >= 2
-    assert all(image.get_attribute("alt") not in (None, "") for image in images.all())
+    trained, explored = page.locator(f"{NOTEBOOK} .ebt-view").all()[1:3]
+    assert "first" in trained.text_content() and "She" in explored.text_content()
+    walk_in_landscape(page.locator(f"{NOTEBOOK} .ebt-view").first)
     for _ in range(2):  # Lab does not take its own file for one that was changed by another program
         save(page)
     assert git(lab.root, "status", "--short") == ""
-    done = subprocess.run(
-        [Path(sys.prefix, "bin/ebt"), "runs", "--runs-dir", lab.root / "runs"], capture_output=True, text=True
-    )
-    assert "first/" in done.stdout
+    assert len(list((lab.root / "runs/first").iterdir())) == 1
+
+
+def walk_in_landscape(view):
+    "Move the slider of an explorer with the keyboard, then let a candidate descend from a point that is clicked."
+    slider, panel = view.get_by_role("slider", name="move"), view.locator("svg").first
+    slider.press("Home")
+    start = panel.inner_html()
+    slider.press("ArrowRight")
+    assert panel.inner_html() != start
+    assert "start" in panel.get_attribute("aria-label") or panel.get_attribute("aria-label")
+    candidates = view.get_by_label("candidate").locator("option")
+    panel.click(position={"x": 120, "y": 120})
+    candidates.filter(has_text="walk 1").wait_for(state="attached")
+
+
+def test_pictures_have_a_text_alternative(lab, page):
+    open_notebook(page, lab, "nbs/start_here.ipynb")
+    images = page.locator(f"{NOTEBOOK} .jp-OutputArea-output img")
+    images.first.wait_for()
+    assert "energy falls" in images.first.get_attribute("alt")
+    assert page.locator(f"{NOTEBOOK} .ebt-view").first.text_content().startswith("Energy of candidates")
