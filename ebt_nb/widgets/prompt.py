@@ -69,6 +69,7 @@ class GrowingText:
         self.generator = prepare_generator(model, settings)
         self.stream: Iterator[GeneratedToken] | None = self.generator.stream([prompt])
         self.tokens = model.tokenizer.encode(prompt)
+        self.num_given = len(self.tokens)
         self.records: list[dict[str, Any] | None] = [None]
         if len(self.tokens) > 1:
             self.records += trace_records(trace_text(self.generator.module, self.tokens, model.tokenizer.decode))
@@ -91,6 +92,7 @@ class GrowingText:
         generation = {key: value for key, value in settings.items() if key in GENERATION_KEYS}
         return dict(
             prompt=self.prompt,
+            numGiven=self.num_given,
             tokens=[model.tokenizer.decode([token]) for token in self.tokens],
             rows=[model_row(model, self.generator.module, {"own": list(self.records)})],
             settings={key: value for key, value in settings.items() if key in THINKING_KEYS},

@@ -114,7 +114,7 @@ def model_row(
     `module` is the model with changed settings. A record is None where nothing was predicted.
     """
     row = dict(
-        name=model.name, title=f"{model.name} ({module.title})", runs=runs, notes=module.inference_notes(), own=None
+        name=model.name, title=f"{model.name}: {module.title}", runs=runs, notes=module.inference_notes(), own=None
     )
     if not isinstance(module, EnergyLanguageModule):
         return row

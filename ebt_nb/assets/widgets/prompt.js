@@ -45,7 +45,8 @@ function createGeneration(model, el, view) {
       view.setFrame(model.get("frame"));
       if (generation.isRunning) later(next, 0);
     } else if (response.token && response.number === generation.number) {
-      view.setFrame(appendToken(view.frame, response), { atEnd: generation.pace === 0 });
+      const record = response.record;
+      view.setFrame(appendToken(view.frame, response), generation.pace === 0 ? record.landscapes.length : 0);
       view.select(view.frame.tokens.length - 1);
       if (response.finished) setRunning(false);
       else if (generation.isRunning) later(advance, generation.pace);
