@@ -6,10 +6,10 @@
 __all__ = ['Decode', 'token_nll', 'PredictionSteps', 'likeliest_tokens_by_step', 'find_likeliest_tokens', 'show_whitespace',
            'plot_prediction_steps', 'draw_token_table', 'draw_moves', 'prediction_title', 'correlations', 'valid_pairs',
            'pearson', 'average_ranks', 'plot_energy_and_nll', 'TokenMeans', 'mean_energy_and_nll_by_token',
-           'plot_extreme_tokens', 'plot_losses_by_step', 'plot_learning_curves', 'loss_curves']
+           'plot_extreme_tokens', 'plot_losses_by_step', 'plot_learning_curves', 'draw_learning_curve',
+           'learning_title', 'loss_curves']
 
 # %% ../../nbs/analysis/01_traces.ipynb #658cece5
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .landscape import AnalysisError, check_trace_index, create_figure, escape_dollars
+from .landscape import AnalysisError, check_trace_index, escape_dollars
+from ..runs.figures import COLORS, create_figure
 from ..runs.metrics import comparable_training_loss
 from ..thinking.descent import Trace
 from ..thinking.embedding_space import EmbeddingSpace
@@ -131,7 +132,7 @@ def plot_prediction_steps(steps: PredictionSteps, prompt: str = "") -> Figure:
     if steps.target is not None:
         axes[0, 0].axhline(k - 0.5, color="black", lw=0.8)
     draw_moves(axes[1, 0], steps)
-    figure.suptitle(escape_dollars(textwrap.fill(prediction_title(steps, prompt), int(13 * width))), fontsize=10)
+    figure.suptitle(escape_dollars(prediction_title(steps, prompt)))
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #362a565a
@@ -144,6 +145,7 @@ def draw_token_table(ax: Axes, rows: list[tuple[str, list[str], list[float]]]) -
             text = escape_dollars(f"{token}  {value:.0%}")
             ax.text(x, y, text, ha="center", va="center", fontsize=9, color=color)
     ax.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    ax.tick_params(length=0)
 
 
 def draw_moves(ax: Axes, steps: PredictionSteps) -> None:
@@ -154,7 +156,7 @@ def draw_moves(ax: Axes, steps: PredictionSteps) -> None:
     ax.set_ylabel("energy")
     ax.margins(y=0.15)
     ax.set_xticks(range(len(steps.tokens)), ["start", *(f"step {n}" for n in range(1, len(steps.tokens)))])
-    ax.legend(fontsize=7)
+    ax.legend()
 
 
 def prediction_title(steps: PredictionSteps, prompt: str) -> str:
@@ -214,17 +216,15 @@ def plot_energy_and_nll(energies: Float[Tensor, "..."], nll: Float[Tensor, "..."
     cells = ax.hexbin(x, y, gridsize=40, bins="log", mincnt=1, cmap="Blues", linewidths=0.1)
     tenths = [part for part in np.array_split(np.argsort(x), 10) if len(part)]
     mean_x, mean_y = ([values[part].mean() for part in tenths] for values in (x, y))
-    ax.plot(mean_x, mean_y, "o-", color="tab:red", ms=3, lw=1.2, label="mean of each tenth")
+    ax.plot(mean_x, mean_y, "o-", color=COLORS[3], ms=3, lw=1.2, label="mean of each tenth")
     figure.colorbar(cells, ax=ax, label="tokens")
-    ax.legend(fontsize=7)
+    ax.legend()
     finding = "says little about the loss of a token"
     if abs(rank) > 0.1:
         finding = f"is {'low' if rank > 0 else 'high'} where tokens are easy to predict"
     ax.set(xlabel=name, ylabel="negative log-likelihood (nats)")
-    ax.set_title(
-        f"{name[:1].upper()}{name[1:]} {finding}\nPearson {linear:.2f}, Spearman {rank:.2f}, {len(x)} tokens",
-        fontsize=10,
-    )
+    correlated = f"Pearson {linear:.2f}, Spearman {rank:.2f}, {len(x):,} tokens"
+    ax.set_title(f"{name[:1].upper()}{name[1:]} {finding}\n{correlated}")
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #63187b52
@@ -280,18 +280,20 @@ def plot_extreme_tokens(means: list[TokenMeans], most: int = 8) -> Figure:
     lowest, highest = means[:half], means[max(len(means) - half, half) :]
     shown = lowest + highest
     figure, axes = create_figure(6.0, 0.8 + 0.24 * len(shown), columns=2, sharey=True)
-    colors = ["tab:green"] * len(lowest) + ["tab:orange"] * len(highest)
+    groups = {"lowest energy": range(len(lowest)), "highest energy": range(len(lowest), len(shown))}
     panels = [([one.energy for one in shown], "mean energy"), ([one.nll for one in shown], "mean NLL (nats)")]
     for ax, (values, label) in zip(axes[0], panels):
-        ax.barh(range(len(shown)), values, color=colors)
+        for (name, group), color in zip(groups.items(), COLORS):
+            ax.barh(group, [values[row] for row in group], color=color, label=name)
         ax.set_xlabel(label)
     labels = [escape_dollars(f"{one.token}  ({one.count})") for one in shown]
-    axes[0, 0].set_yticks(range(len(shown)), labels, fontsize=8)
+    axes[0, 0].set_yticks(range(len(shown)), labels)
     axes[0, 0].invert_yaxis()
     axes[0, 0].set_ylabel("token (count)")
     group_means = [sum(one.nll for one in group) / len(group) for group in (lowest, highest) if group]
     values = " and ".join(f"{value:.1f}" for value in group_means)
-    figure.suptitle(f"Mean NLL of the tokens of lowest and of highest energy: {values} nats", fontsize=10)
+    figure.suptitle(f"Mean NLL of the tokens of lowest and of highest energy: {values} nats")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #9821bafd
@@ -322,36 +324,59 @@ def plot_losses_by_step(
     ticks = range(first, first + max(map(len, losses.values())))
     ax.set(xlabel="thinking step", ylabel=f"loss ({unit})", xticks=ticks)
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set_title("\n".join(gains) or "No thinking: one step", fontsize=10)
+    ax.set_title("\n".join(gains) or "No thinking: one step")
     ax.margins(x=0.15, y=0.2)
-    ax.legend(fontsize=8)
+    ax.legend()
     return figure
 
 # %% ../../nbs/analysis/01_traces.ipynb #6250b566
-def plot_learning_curves(runs: dict[str, list[dict[str, int | float]]], unit: str = "nats per token") -> Figure:
-    """Plot training and validation loss (in `unit`) over updates, by name of the run.
+def plot_learning_curves(
+    runs: dict[str, list[dict[str, int | float]]], unit: str | dict[str, str] = "nats per token"
+) -> Figure:
+    """Plot training and validation loss over updates, by name of the run.
 
-    Raises AnalysisError for a run that measured neither.
+    `unit` is the unit of the loss. Losses of different units cannot share an axis: give a dictionary of units by name,
+    and each unit has its panel. Raises AnalysisError for a run that measured neither loss.
     """
     if not runs:
         raise AnalysisError("plot_learning_curves: no runs were given")
     curves = {name: loss_curves(name, rows) for name, rows in runs.items()}
-    figure, axes = create_figure(5.4, 3.2)
-    ax = axes[0, 0]
-    for number, (name, found) in enumerate(curves.items()):
-        for key, style in (("train/loss", dict(lw=0.8, alpha=0.6)), ("val/loss", dict(marker="o", ms=4))):
-            if found[key]:
-                label = f"{name}, {'training' if key == 'train/loss' else 'validation'}"
-                ax.plot(*zip(*found[key]), color=f"C{number}", label=label, **style)
-    ax.set(xlabel="updates", ylabel=f"loss ({unit})")
-    ax.legend(fontsize=7)
-    last_losses = {name: (found["val/loss"] or found["train/loss"])[-1][1] for name, found in curves.items()}
-    title = "At the end: " + ", ".join(f"{name} {loss:.3f}" for name, loss in last_losses.items())
-    if len(last_losses) == 2:
-        first, second = last_losses.values()
-        title += f" (ratio {first / second:.3f})"
-    ax.set_title(title, fontsize=10)
+    units = unit if isinstance(unit, dict) else dict.fromkeys(runs, unit)
+    panels = list(dict.fromkeys(units[name] for name in runs))
+    figure, axes = create_figure(5.4 if len(panels) == 1 else 4.2 * len(panels), 3.2, columns=len(panels))
+    for ax, panel_unit in zip(axes[0], panels):
+        shown = {name: found for name, found in curves.items() if units[name] == panel_unit}
+        for name, found in shown.items():
+            draw_learning_curve(ax, name, found, COLORS[list(curves).index(name) % len(COLORS)])
+        ax.set(xlabel="updates", ylabel=f"loss ({panel_unit})", title=learning_title(shown))
+        ax.legend()
     return figure
+
+
+def draw_learning_curve(ax: Axes, name: str, found: dict[str, list[tuple[int, float]]], color: str) -> None:
+    "Draw the training loss of a run as a thin line and its validation loss with dots."
+    styles = {"train/loss": dict(lw=0.8, alpha=0.6), "val/loss": dict(marker="o", ms=4)}
+    for key, style in styles.items():
+        if found[key]:
+            label = f"{name}, {'training' if key == 'train/loss' else 'validation'}"
+            ax.plot(*zip(*found[key]), color=color, ls="-", label=label, **style)
+
+
+def learning_title(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
+    """Return the last loss of each run, and since when it rises if it was at least 1 % lower before.
+
+    For two runs the ratio of their last losses is added.
+    """
+    findings, last_losses = [], []
+    for name, found in curves.items():
+        losses = found["val/loss"] or found["train/loss"]
+        last_losses.append(losses[-1][1])
+        findings.append(f"{name} {last_losses[-1]:.3f}")
+        best_update, best = min(found["val/loss"], key=lambda point: point[1], default=(0, last_losses[-1]))
+        if last_losses[-1] > 1.01 * best:
+            findings[-1] += f" (validation was lowest at update {best_update}, {best:.3f}, and has risen since)"
+    ratio = f" (ratio {last_losses[0] / last_losses[1]:.3f})" if len(last_losses) == 2 else ""
+    return f"At the end: {', '.join(findings)}{ratio}"
 
 
 def loss_curves(name: str, rows: list[dict[str, int | float]]) -> dict[str, list[tuple[int, float]]]:

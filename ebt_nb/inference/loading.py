@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_KEYS', 'INFERENCE_KEYS', 'override_inference_config', 'read_inference_config', 'use_one_device',
-           'check_shared_devices', 'place_module', 'load_for_inference', 'with_inference_settings']
+           'check_shared_devices', 'place_module', 'set_inference_config', 'load_for_inference',
+           'with_inference_settings']
 
 # %% ../../nbs/inference/00_loading.ipynb #ffb84a29
 from pathlib import Path
@@ -99,6 +100,14 @@ def place_module(module: TrainingModule, accelerator: str | None = None) -> Trai
     return module.to(device)
 
 
+def set_inference_config(module: TrainingModule, config: RunConfig) -> None:
+    "Let a module follow a configuration that `override_inference_config` returned, its descent too."
+    module.config = config
+    if module.descent is not None:
+        module.descent.policy = config.thinking
+        module.descent.inference = config.inference
+
+
 def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> TrainingModule:
     """Return the module of a checkpoint file, with changed settings for inference, on its device (`place_module`).
 
@@ -110,10 +119,7 @@ def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, A
     module = load_module(checkpoint)
     config = override_inference_config(use_one_device(module.config), settings)
     check_shared_devices(config)
-    module.config = config
-    if module.descent is not None:
-        module.descent.policy = config.thinking
-        module.descent.inference = config.inference
+    set_inference_config(module, config)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     for line in module.inference_notes():
