@@ -87,7 +87,7 @@ function promptControls(frame, generation) {
   const number = (label, key, options) => slider(label, { ...options, value: generated[key] },
     (value) => { generated[key] = value; }).node;
   const pace = choice("show steps", PACES, String(generation.pace), (value) => { generation.pace = Number(value); });
-  return element("div", { class: "ebt-controls" },
+  return element("div", { class: "ebt-settings" },
     element("div", { class: "ebt-row" }, prompt.node, startButton, stopButton, pace.node),
     element("div", { class: "ebt-row" },
       number("new tokens", "generation.max_new_tokens", { min: 1, max: frame.limits.newTokens }),

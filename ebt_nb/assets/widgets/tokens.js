@@ -126,12 +126,12 @@ function createTokenView(frame) {
 
   const drawTokens = () => {
     state.nodes = state.frame.rows.map((row, r) => state.frame.tokens.map((token, i) => element("span", {
-      role: "option", class: isDrawn(state.frame, i) ? "ebt-token ebt-drawn" : "ebt-token", onclick: () => select(i, r),
+      role: "option", class: isDrawn(state.frame, i) ? "ebt-piece ebt-drawn" : "ebt-piece", onclick: () => select(i, r),
     }, token.replaceAll("\n", "⏎\n"))));
     strips.replaceChildren(...state.frame.rows.flatMap((row, r) => [
       element("h4", {}, row.title),
       element("div", {
-        class: "ebt-tokens", role: "listbox", "aria-label": `tokens of the text, ${row.title}`,
+        class: "ebt-passage", role: "listbox", "aria-label": `tokens of the text, ${row.title}`,
         onkeydown: (event) => move(event, r),
       }, ...state.nodes[r]),
     ]));
@@ -214,7 +214,7 @@ function predictionPanel(title, tokens, index, record, step, kind) {
   const where = last ? (shown ? `after step ${shown} of ${last}` : "at the start") : "in one pass";
   const heading = `${title}: what follows “…${before.replaceAll("\n", "⏎")}”, ${where}`;
   const bars = barChart(barRows(record, shown), 1, heading);
-  const node = element("div", { class: "ebt-panel" }, element("h4", {}, heading));
+  const node = element("div", { class: "ebt-prediction" }, element("h4", {}, heading));
   const values = ["nll", "entropy", "largest"].map((name) => formatNumber(record[name][record.chosen][shown]));
   const facts = element("p", { class: "ebt-note" },
     `${kind[0].toUpperCase()}${kind.slice(1)} ${record.target} (orange): surprise ${values[0]} nats. ` +
@@ -278,7 +278,7 @@ function stepCharts(record, step, kind) {
     keys.push({ name: `${record.nll.length - 1} other samples`, color: "#767676", dashed: true });
     keys.push({ name: `chosen: sample ${record.chosen + 1}`, color: COLORS[0] });
   }
-  return element("div", { style: "flex: 1 1 270px" }, charts, legend(keys));
+  return element("div", { style: "flex: 1 1 430px; min-width: 0" }, charts, legend(keys));
 }
 
 // ---- settings of thinking, which a kernel answers ----
