@@ -188,7 +188,7 @@ function lineChart(series, options = {}) {
     "aria-label": chartText(series, title),
   });
   if (title) svg.append(shape("text", { x: margin.left, y: 15, class: "ebt-title" }, title));
-  for (const tick of niceTicks(yLow, yHigh)) {
+  for (const tick of niceTicks(yLow, yHigh, 5)) {
     svg.append(
       shape("line", { x1: margin.left, x2: width - margin.right, y1: yAt(tick), y2: yAt(tick), class: "ebt-grid" }),
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
