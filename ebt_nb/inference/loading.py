@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_KEYS', 'INFERENCE_KEYS', 'override_inference_config', 'read_inference_config', 'use_one_device',
-           'check_shared_devices', 'place_module', 'load_for_inference']
+           'check_shared_devices', 'place_module', 'load_for_inference', 'use_inference_settings']
 
 # %% ../../nbs/inference/00_loading.ipynb #ffb84a29
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,14 @@ def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, A
     for line in module.inference_notes():
         log_line(line)
     return place_module(module, settings.get("trainer.accelerator"))
+
+# %% ../../nbs/inference/00_loading.ipynb #2a9f1861
+@contextmanager
+def use_inference_settings(module: TrainingModule, **settings: Any) -> Iterator[None]:
+    "Inside, let an energy model descend with these settings of `inference`; afterwards with those of before."
+    before = module.descent.inference
+    module.descent.inference = before.model_copy(update=settings)
+    try:
+        yield
+    finally:
+        module.descent.inference = before
