@@ -2,6 +2,7 @@
 // The frame that is shown moves along all of them; other clips and settings are asked of the kernel.
 
 const THUMBNAIL_SIDE = 48; // pixels on the page
+const NAME_STYLE = "border: 0; font-weight: normal; font-size: 13px; max-width: 9rem";
 
 function render({ model, el }) {
   el.classList.add("ebt-view");
@@ -42,9 +43,10 @@ function render({ model, el }) {
 // The frame of each row, large.
 function drawStage(stage, result, number) {
   const isGiven = number < result.num_observed;
-  const nodes = result.rows.map((row) => picture(row.frames[number], `${row.name}, frame ${number + 1}`));
-  const note = isGiven ? "This frame was given." : `Generated, ${number + 1 - result.num_observed} after the given ones.`;
-  stage.replaceChildren(...nodes, element("p", { class: "ebt-note" }, note));
+  const kind = isGiven ? "given" : `generated, ${number + 1 - result.num_observed} after the given ones`;
+  const nodes = result.rows.map((row) => picture(row.frames[number], row.name));
+  const note = element("p", { class: "ebt-note", style: "width: 100%" }, `frame ${number + 1}: ${kind}`);
+  stage.replaceChildren(note, ...nodes);
 }
 
 // One row of small frames for the truth, each roll-out and each difference; a click shows a frame large.
@@ -59,7 +61,7 @@ function drawStrips(strips, result, onClick) {
         style: "padding: 1px", onclick: () => onClick(number) }, image);
       return element("td", { style: "padding: 1px; border: 0", "data-column": number }, node);
     });
-    table.append(element("tr", {}, element("th", { scope: "row", style: "border: 0" }, row.name), ...cells));
+    table.append(element("tr", {}, element("th", { scope: "row", style: NAME_STYLE }, row.name), ...cells));
   }
   const numbers = result.rows[0].frames.map((_, number) => {
     const text = number < result.num_observed ? "given" : String(number + 1);
@@ -85,7 +87,7 @@ function drawCurves(charts, result, number, measure) {
   const energies = toSeries(result.energies.filter((curve) => curve.measure === measure));
   const options = { xLabel: "frame", marker, height: 200 };
   charts.replaceChildren(
-    element("div", {}, lineChart(errors, { title: "Error", yLabel: result.distance, ...options }), legend(errors)),
+    element("div", { style: "max-width: 340px" }, lineChart(errors, { title: "Error", yLabel: result.distance, ...options }), legend(errors)),
     lineChart(energies, { title: "Energy of what was generated", yLabel: measure, ...options }),
   );
 }
