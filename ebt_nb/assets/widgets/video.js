@@ -86,8 +86,9 @@ function drawCurves(charts, result, number, measure) {
   const errors = toSeries(result.errors);
   const energies = toSeries(result.energies.filter((curve) => curve.measure === measure));
   const options = { xLabel: "frame", marker, height: 200 };
+  const errorChart = lineChart(errors, { title: "Error", yLabel: result.distance, ...options });
   charts.replaceChildren(
-    element("div", { style: "max-width: 340px" }, lineChart(errors, { title: "Error", yLabel: result.distance, ...options }), legend(errors)),
+    element("div", { style: "max-width: 340px" }, errorChart, legend(errors)),
     lineChart(energies, { title: "Energy of what was generated", yLabel: measure, ...options }),
   );
 }
