@@ -7,7 +7,6 @@ __all__ = ['MEASURED_STEPS', 'FrameLosses', 'evaluate_frame_losses', 'format_fra
 
 # %% ../../nbs/inference/20_frame_losses.ipynb #f4e27d91
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.progress import track
 
 from ..compute.matmul import fast_matmul
 from ..data.loaders import map_over_ranks
-from .loading import use_inference_settings
+from .loading import with_inference_settings
 from .next_token import freeze_for_inference
 from .restore import steps_to_measure
 from .rollout_metrics import select_held_out_clips
@@ -76,9 +75,10 @@ def evaluate_frame_losses(
     with freeze_for_inference(module), fast_matmul(module.config.trainer.fast_matmul, module.device.type):
         steps = [] if module.descent is None else steps_to_measure(module.descent, MEASURED_STEPS)
         configured = len(module.descent.draw_schedule()) if steps else 0
+        longest = with_inference_settings(module, {"inference.steps": max(steps)}) if steps else module
 
         def measure(numbers: Int[np.ndarray, "batch"]) -> dict[str, float]:
-            return _measure(module, module.move_batch(clips[numbers]), steps)
+            return _measure(longest, longest.move_batch(clips[numbers]))
 
         console, results = Console(stderr=True), map_over_ranks(measure, batches)
         tracked = track(results, "measuring", len(batches), console=console, transient=True, disable=not show_progress)
@@ -96,10 +96,9 @@ def evaluate_frame_losses(
     )
 
 
-def _measure(module: VideoModule, batch: Batch, steps: list[int]) -> dict[str, float]:
-    "Return the metrics of validation with the largest number of steps, by name."
-    with use_inference_settings(module, steps=max(steps)) if steps else nullcontext():
-        metrics = module.validation_metrics(batch)[0]
+def _measure(module: VideoModule, batch: Batch) -> dict[str, float]:
+    "Return the metrics of validation, by name."
+    metrics = module.validation_metrics(batch)[0]
     return {name.removeprefix("val/"): value.item() for name, value in metrics.items()}
 
 

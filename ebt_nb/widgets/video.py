@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..analysis.video_figures import ClipRollout, roll_out_clip
 from ..config.errors import WorkbenchError
-from ..inference.loading import use_inference_settings
+from ..inference.loading import with_inference_settings
 from ..inference.rollout import can_show, find_decoder
 from ..inference.rollout_metrics import check_same_frames, select_held_out_clips
 from ..training.base import Batch
@@ -88,8 +88,8 @@ class RolloutView(View):
     def roll_out(self, clip: int, given: int, steps: int, samples: int) -> dict[str, Any]:
         "Return frames, errors and energies of a roll-out as JSON holds them."
         frames, index = self.batch["frames"][clip], int(self.batch["index"][clip])
-        with use_inference_settings(self.module, steps=steps, samples=samples):
-            course = roll_out_clip(self.module, frames, given, index, self.decoder)
+        module = with_inference_settings(self.module, {"inference.steps": steps, "inference.samples": samples})
+        course = roll_out_clip(module, frames, given, index, self.decoder)
         errors = [
             dict(name="roll-out", values=to_plain(course.errors)),
             dict(name="copy of the last given frame", values=to_plain(course.copy_errors), dashed=True),
