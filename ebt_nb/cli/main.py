@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import ebt_nb.cli.bench as bench
+import ebt_nb.cli.dashboard as dashboard
 import ebt_nb.cli.images as images
 import ebt_nb.cli.jobs as jobs
 import ebt_nb.cli.presets as presets
@@ -25,7 +26,7 @@ import ebt_nb.cli.video as video
 from .commands import provide_home, run_command
 
 # %% ../../nbs/cli/12_main.ipynb #029c7828
-COMMAND_MODULES = (jobs, training, text, images, video, rollout, bench, presets, runs, remote)
+COMMAND_MODULES = (jobs, training, text, images, video, rollout, bench, presets, runs, dashboard, remote)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
