@@ -1,4 +1,4 @@
-"""Measure the shape of the package: import directions, circles, long lines, long functions, large modules.
+"""Measure the shape of the package: imports, circles, long lines and functions, large modules, cells with imports.
 
 python tests/structure.py [CHECKOUT]
 """
@@ -41,6 +41,7 @@ class Structure:
     upward_imports: list[str] = field(default_factory=list)
     circles: list[str] = field(default_factory=list)
     undefined_names: list[str] = field(default_factory=list)
+    mixed_import_cells: list[str] = field(default_factory=list)
 
 
 def package_files(root: Path) -> dict[str, Path]:
@@ -124,6 +125,27 @@ def notebook_numbers(root: Path) -> dict[str, int]:
     return numbers
 
 
+def mixed_import_cells(root: Path) -> list[str]:
+    """Return the cells that hold imports and other code, as notebook:cell.
+
+    nbdev executes every cell with an import in it when it documents a notebook, and cells that export. A cell that
+    does more than import would then compute something, or fail, since the cells before it have not been executed.
+    """
+    mixed = []
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or re.search(
+                r"^#\|\s*(?:exporti?|exports|exec_doc)\b", source, re.MULTILINE
+            ):
+                continue
+            tree = ast.parse(source)
+            has_import = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+            if has_import and not all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body):
+                mixed.append(f"{path.relative_to(root / 'nbs').as_posix()}:{cell['id']}")
+    return mixed
+
+
 def measure(root: Path = ROOT) -> Structure:
     "Measure a checkout."
     found, imports = Structure(), {}
@@ -157,6 +179,7 @@ def measure(root: Path = ROOT) -> Structure:
             if not is_below:
                 found.upward_imports.append(f"{name} imports {target}")
     found.circles = find_circles(imports)
+    found.mixed_import_cells = mixed_import_cells(root)
     return found
 
 

@@ -17,6 +17,11 @@ def test_modules_define_what_they_use():
     assert not structure.measure().undefined_names
 
 
+def test_cells_hold_imports_or_other_code():
+    mixed = structure.mixed_import_cells(structure.ROOT)
+    assert not mixed, f"move the imports into a cell of their own: {', '.join(mixed)}"
+
+
 def test_modules_functions_and_lines_are_short():
     found = structure.measure()
     assert not found.large_modules
@@ -24,7 +29,7 @@ def test_modules_functions_and_lines_are_short():
     assert not found.long_lines
 
 
-def test_a_circle_an_upward_import_and_a_long_function_are_found(tmp_path):
+def test_a_circle_an_upward_import_a_long_function_and_mixed_cells_are_found(tmp_path):
     package = tmp_path / "ebt_nb"
     for name, text in {
         "config/sections.py": "def f():\n    from ebt_nb.jobs.launch import start\n",
@@ -33,7 +38,18 @@ def test_a_circle_an_upward_import_and_a_long_function_are_found(tmp_path):
     }.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
+    cells = [
+        "#| export\nimport os\nx = 1",
+        "import os",
+        "import os\nx = 1",
+        "def f():\n    import os\n    x = 1",
+        "x = 1",
+    ]
+    cells = [dict(cell_type="code", id=f"c{number}", source=source) for number, source in enumerate(cells)]
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/00_mixed.ipynb").write_text(json.dumps(dict(cells=cells)))
     found = structure.measure(tmp_path)
+    assert found.mixed_import_cells == ["00_mixed.ipynb:c2", "00_mixed.ipynb:c3"]
     assert found.upward_imports == ["config.sections imports jobs.launch"]
     assert found.circles == ["config.sections -> jobs.launch -> config.sections"]
     assert found.modules_outside_rooms == ["loose"] and found.long_lines == ["loose:1"]

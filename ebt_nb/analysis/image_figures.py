@@ -4,28 +4,32 @@
 
 # %% auto #0
 __all__ = ['Images', 'show_image', 'plot_image_rows', 'plot_quality', 'draw_quality_lines', 'compute_patch_energies',
-           'compute_patch_errors', 'plot_patch_energies', 'draw_image_figures', 'plot_restored_images']
+           'compute_patch_errors', 'plot_patch_energies', 'ImageSteps', 'measure_image_steps', 'draw_image_figures',
+           'plot_restored_images']
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #7c61ecdc
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ebt_nb.analysis.landscape import (
     AnalysisError,
     compute_landscape,
-    create_figure,
     escape_dollars,
     fit_plane,
     plot_landscape,
 )
 from .traces import correlations, plot_learning_curves
 from ..inference.restore import QualityRow, Restoration, held_out_batches, make_noisy, restore_images
+from ..runs.figures import COLORS, create_figure
 from ..runs.folders import Run
+from ..thinking.descent import Trace
 from ..training.images import EnergyImageModule, ImageModule, psnr
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #0b47f17a
@@ -41,9 +45,10 @@ def show_image(axis: Axes, image: Float[Tensor, "channels rows columns"]) -> Non
     axis.set(xticks=[], yticks=[])
 
 
-def plot_image_rows(rows: dict[str, Images], title: str, most: int = 8) -> Figure:
+def plot_image_rows(rows: dict[str, Images], title: str, most: int = 8, columns: Sequence[str] | None = None) -> Figure:
     """Plot rows of images, each with its name: the same images in different states, at most `most` of them.
 
+    `columns` are names of the images, such as captions, which stand above them.
     Raises AnalysisError if there is no image, or the rows have different numbers of images.
     """
     counts = {name: len(images) for name, images in rows.items()}
@@ -53,40 +58,47 @@ def plot_image_rows(rows: dict[str, Images], title: str, most: int = 8) -> Figur
     count = min(most, *counts.values())
     if not count:
         raise AnalysisError("images to compare: no image in any row")
-    figure, axes = create_figure(0.8 * count + 0.6, 0.8 * len(rows) + 0.4, len(rows), count)
+    margin = 0.2 + 0.075 * max(map(len, rows))
+    height = 0.8 * len(rows) + (0.9 if columns else 0.4)
+    figure, axes = create_figure(0.8 * count + margin, height, len(rows), count)
     for row_axes, (name, images) in zip(axes, rows.items()):
         for axis, image in zip(row_axes, images):
             show_image(axis, image)
-        row_axes[0].set_ylabel(escape_dollars(name), fontsize=8)
-    figure.suptitle(title, fontsize=9)
+        row_axes[0].set_ylabel(escape_dollars(name), fontsize=8, rotation=0, ha="right", va="center")
+    for axis, name in zip(axes[0], columns or ()):
+        axis.set_title(escape_dollars(name), fontsize=8)
+    figure.suptitle(escape_dollars(title))
     return figure
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #27218b0b
-def plot_quality(tables: dict[str, Sequence[QualityRow]], level: float) -> Figure:
-    """Plot PSNR over forward passes at one noise level: a line for each model and recursion, and the noisy images.
+def plot_quality(tables: dict[str, Sequence[QualityRow]], levels: Sequence[float]) -> Figure:
+    """Plot PSNR over forward passes: a line for each model and recursion, and the noisy images.
 
-    Raises AnalysisError if nothing was measured at this level.
+    Each noise level has a panel, and all panels have the same range.
+    Raises AnalysisError if nothing was measured at one of the levels.
     """
-    found = {name: [row for row in rows if row.level == level] for name, rows in tables.items()}
-    if not any(found.values()):
-        levels = sorted({row.level for rows in tables.values() for row in rows})
-        known = ", ".join(f"{one:g}" for one in levels) or "none at all"
-        raise AnalysisError(f"level: nothing was measured at {level:g}; measured levels are {known}")
-    figure, axes = create_figure(4.4, 3.0)
-    axis, findings = axes[0, 0], []
-    for number, (name, rows) in enumerate(found.items()):
-        restored = [row for row in rows if row.passes]
-        if not restored:
-            continue
-        draw_quality_lines(axis, name, restored, f"C{number}")
-        best = max(restored, key=lambda row: row.psnr)
-        findings.append(f"{name} {best.psnr:.1f} dB at {best.passes}")
-        for row in rows:
-            if not row.passes:
-                axis.axhline(row.psnr, color="gray", ls=":", lw=0.8)
-    axis.set(xscale="log", xlabel="forward passes", ylabel="PSNR (dB)")
-    axis.set_title(f"noise level {level:g}: " + "; ".join(findings), fontsize=9)
-    axis.legend(fontsize=8)
+    measured = sorted({row.level for rows in tables.values() for row in rows})
+    for level in levels:
+        if level not in measured:
+            known = ", ".join(f"{one:g}" for one in measured) or "none at all"
+            raise AnalysisError(f"level: nothing was measured at {level:g}; measured levels are {known}")
+    figure, axes = create_figure(0.8 + 3.6 * len(levels), 3.0, columns=len(levels), sharex=True, sharey=True)
+    for axis, level in zip(axes[0], levels):
+        findings, noisy = [], None
+        for color, (name, rows) in zip(COLORS, tables.items()):
+            at_level = [row for row in rows if row.level == level]
+            restored = [row for row in at_level if row.passes]
+            noisy = next((row.psnr for row in at_level if not row.passes), noisy)
+            if restored:
+                draw_quality_lines(axis, name, restored, color)
+                best = max(restored, key=lambda row: row.psnr)
+                findings.append(f"{name} {best.psnr:.1f} dB at {best.passes}")
+        if noisy is not None:
+            axis.axhline(noisy, color="gray", ls=":", label="noisy images")
+        axis.set(xscale="log", xlabel="forward passes", title=f"noise level {level:g}: " + "; ".join(findings))
+        axis.xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("PSNR (dB)")
+    axes[0, -1].legend()
     return figure
 
 
@@ -99,11 +111,14 @@ def draw_quality_lines(axis: Axes, name: str, rows: Sequence[QualityRow], color:
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #6bb56833
 @torch.no_grad()
-def compute_patch_energies(module: EnergyImageModule, images: Images) -> Float[Tensor, "batch patches patches"]:
+def compute_patch_energies(
+    module: EnergyImageModule, images: Images, captions: Float[Tensor, "batch caption"] | None = None
+) -> Float[Tensor, "batch patches patches"]:
     "Return the energy of each patch in the last landscape, as the patches lie; their mean is the image's energy."
     model, space = module.model, module.space
     embedded = space.embed(space.enter(space.from_images(images)))
-    energies = model.condition_on(model.observe(len(images))).patch_energies(embedded, model.landscapes - 1)
+    context = model.observe(len(images) if captions is None else captions)
+    energies = model.condition_on(context).patch_energies(embedded, model.landscapes - 1)
     side = module.config.image_shape[1] // module.config.model.patch
     return energies.unflatten(-1, (side, side))
 
@@ -123,19 +138,46 @@ def plot_patch_energies(module: EnergyImageModule, images: Images, clean: Images
     errors = compute_patch_errors(module, images, clean).cpu()
     linear, rank = correlations(energies.flatten(), errors.flatten())
     count = min(most, len(images))
-    figure, axes = create_figure(0.9 * count + 0.8, 3.1, 3, count)
+    figure, axes = create_figure(0.9 * count + 1.6, 3.1, 3, count)
     for axis, image in zip(axes[0], images):
         show_image(axis, image)
     for row_axes, values, colours in ((axes[1], energies[:count], "viridis"), (axes[2], errors[:count], "magma")):
         for axis, value in zip(row_axes, values):
-            axis.imshow(value, cmap=colours, vmin=values.min(), vmax=values.max())
+            drawn = axis.imshow(value, cmap=colours, vmin=values.min(), vmax=values.max())
             axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ("restored", "energy", "squared error")):
-        axis.set_ylabel(name, fontsize=8)
-    figure.suptitle(
-        f"energy and error of {energies.numel():,} patches: correlation {linear:.2f}, of ranks {rank:.2f}", fontsize=9
-    )
+        figure.colorbar(drawn, ax=list(row_axes), aspect=8, ticks=MaxNLocator(4))
+    for axis, name in zip(axes[:, 0], ("restored", "energy", "squared\nerror")):
+        axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    measured = f"{energies.numel():,} patches: correlation {linear:.2f}, of ranks {rank:.2f}"
+    figure.suptitle(f"energy and error of {measured}")
     return figure
+
+# %% ../../nbs/analysis/03_image_figures.ipynb #4af629f9
+@dataclass(frozen=True)
+class ImageSteps:
+    """The states of one image during a descent, the start first.
+
+    Attributes:
+        images: as the model sees images: pixels or latents.
+        patch_energies: the energy of each patch in the last landscape.
+    """
+
+    images: Float[Tensor, "states channels rows columns"]
+    patch_energies: Float[Tensor, "states patches patches"]
+
+    @property
+    def energies(self) -> Float[Tensor, "states"]:
+        "The energy of each state, the mean of its patches'."
+        return self.patch_energies.flatten(1).mean(1)
+
+
+def measure_image_steps(
+    module: EnergyImageModule, trace: Trace, number: int = 0, caption: Float[Tensor, "caption"] | None = None
+) -> ImageSteps:
+    "Return the states of the image with this number in a trace, and their patch energies for its encoded caption."
+    images = module.space.to_images(torch.stack([candidate[number] for candidate in trace.candidates]))
+    captions = None if caption is None else caption.expand(len(images), -1)
+    return ImageSteps(images, compute_patch_energies(module, images, captions))
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #be8526ea
 @torch.no_grad()
@@ -151,8 +193,7 @@ def draw_image_figures(
     passes = len(module.descent.draw_schedule()) if is_energy_model else last_row.passes
     images, trace = restore_images(module, noisy, module.batch_rng(batch), passes, last_row.recursion, level)
     figures = {"restored_images": plot_restored_images(name, noisy, images, batch["image"], passes)}
-    for level in dict.fromkeys(row.level for row in found.rows):
-        figures[f"quality_at_{level:g}"] = plot_quality({name: found.rows}, level)
+    figures["quality"] = plot_quality({name: found.rows}, list(dict.fromkeys(row.level for row in found.rows)))
     if run is not None and any("train/loss" in row or "val/loss" in row for row in run.metrics):
         unit = "smooth L1" if is_energy_model else "squared error of the noise, and bound"
         figures["learning_curves"] = plot_learning_curves({run.name: run.metrics}, unit)

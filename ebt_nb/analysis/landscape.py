@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['AnalysisError', 'check_index', 'check_trace_index', 'candidate_path', 'Plane', 'fit_plane', 'orthogonal_direction',
-           'Landscape', 'candidate_energies', 'compute_landscape', 'create_figure', 'escape_dollars', 'plot_landscape',
-           'landscape_title', 'draw_contours', 'draw_path', 'draw_text', 'energy_at_position']
+           'Landscape', 'candidate_energies', 'compute_landscape', 'square_around', 'evaluate_plane', 'escape_dollars',
+           'plot_landscape', 'landscape_title', 'draw_contours', 'contour_levels', 'draw_path', 'points_to_number',
+           'draw_text', 'PositionEnergy', 'energy_at_position']
 
 # %% ../../nbs/analysis/00_landscape.ipynb #5f13183c
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..compute.rng import RandomKeys
 from ..config.errors import WorkbenchError
 from ..models.energy import EnergyTransformer
 from ..models.kv_cache import KeyValueCache, select_rows
+from ..runs.figures import COLORS, create_figure
 from ..thinking.descent import Energy, Trace
 from ..thinking.spaces import PredictionSpace
 
@@ -70,6 +72,7 @@ class Plane:
         axes: two orthonormal directions.
         coordinates: of the path's points in the plane, from `centre`.
         explained_variance: the share of the path's variance along each axis.
+        axis_names: what the axes are, for a reader.
         num_filler_axes: how many of the last axes are fixed directions, because the path has too few dimensions.
     """
 
@@ -80,6 +83,17 @@ class Plane:
     coordinates: Float64[Tensor, "points 2"]
     explained_variance: tuple[float, float]
     num_filler_axes: int
+    axis_names: tuple[str, str] = ("principal axis 1", "principal axis 2")
+
+    def coordinates_of(self, candidates: Float[Tensor, "*points size"]) -> Float64[Tensor, "*points 2"]:
+        "Return the coordinates of candidates, projected onto the plane."
+        return (candidates.detach().cpu().double() - self.centre) @ self.axes.T
+
+    def axis_label(self, axis: int) -> str:
+        "Return what one of the two axes is, and how much of the path's variance lies along it."
+        if axis >= 2 - self.num_filler_axes:
+            return "a fixed direction (the path has none left)"
+        return f"{self.axis_names[axis]} ({self.explained_variance[axis]:.1%} of variance)"
 
     def candidates_at(self, coordinates: Float64[Tensor, "*grid 2"]) -> Float[Tensor, "*grid size"]:
         "Return the candidates at these coordinates, of the path's type and on its device."
@@ -140,6 +154,7 @@ class Landscape:
         y: coordinates of the grid along the second axis.
         energies: `energies[j, i]` is the energy at (`x[i]`, `y[j]`).
         path_energies: the energies of the path's points.
+        labels: names of the path's points, if they have some.
     """
 
     plane: Plane
@@ -148,6 +163,11 @@ class Landscape:
     y: Float64[Tensor, "resolution"]
     energies: Float[Tensor, "resolution resolution"]
     path_energies: Float[Tensor, "points"]
+    labels: list[str] | None = None
+
+    def plot(self) -> Figure:
+        "Plot the contours with the path on top."
+        return plot_landscape(self, labels=self.labels)
 
 # %% ../../nbs/analysis/00_landscape.ipynb #1de330fe
 @torch.no_grad()
@@ -186,28 +206,38 @@ def compute_landscape(
         raise AnalysisError(f"resolution: {resolution} points a side make no grid; take 2 or more")
     if margin < 0:
         raise AnalysisError(f"margin: {margin} would cut off the path; take 0 or more")
-    low, high = plane.coordinates.amin(0), plane.coordinates.amax(0)
+    x, y = square_around(plane.coordinates, margin, resolution)
+    return evaluate_plane(energy, space, plane, landscape_index, x, y)
+
+
+def square_around(
+    points: Float64[Tensor, "points 2"], margin: float, resolution: int
+) -> tuple[Float64[Tensor, "resolution"], Float64[Tensor, "resolution"]]:
+    "Return the coordinates of a square grid that leaves a margin of `margin` times the larger extent of some points."
+    low, high = points.amin(0), points.amax(0)
     extent = (high - low).max()
     half_width = (0.5 + margin) * torch.where(extent > 0, extent, 1.0)
     x, y = ((low + high) / 2)[:, None] + half_width * torch.linspace(-1, 1, resolution, dtype=torch.double)
+    return x, y
+
+
+def evaluate_plane(
+    energy: Energy,
+    space: PredictionSpace,
+    plane: Plane,
+    landscape_index: int,
+    x: Float64[Tensor, "columns"],
+    y: Float64[Tensor, "rows"],
+    batch_size: int = 64,
+) -> Landscape:
+    "Evaluate the energy on a grid of a plane, `batch_size` candidates at a time, and at the points of its path."
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
-    energies = candidate_energies(energy, space, plane.candidates_at(grid.flatten(0, 1)), landscape_index)
+    candidates = plane.candidates_at(grid.flatten(0, 1))
+    energies = candidate_energies(energy, space, candidates, landscape_index, batch_size)
     path_energies = candidate_energies(energy, space, plane.path, landscape_index)
-    return Landscape(plane, landscape_index, x, y, energies.view(resolution, resolution).cpu(), path_energies.cpu())
+    return Landscape(plane, landscape_index, x, y, energies.view(len(y), len(x)).cpu(), path_energies.cpu())
 
 # %% ../../nbs/analysis/00_landscape.ipynb #772d85a3
-def create_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
-    """Return a figure of this size (inches) that pyplot does not keep, and its axes [rows, columns].
-
-    `options` are those of `plt.subplots`.
-    """
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), dpi=80, layout="constrained", squeeze=False, **options
-    )
-    plt.close(figure)
-    return figure, axes
-
-
 def escape_dollars(text: str) -> str:
     "Return text that matplotlib draws as it is; a dollar sign would start a formula."
     return text.replace("$", r"\$")
@@ -228,7 +258,7 @@ def plot_landscape(*landscapes: Landscape, labels: list[str] | None = None) -> F
     for landscape, ax in zip(landscapes, axes[0]):
         draw_contours(figure, ax, landscape)
         draw_path(ax, landscape, labels or [""] * len(landscape.plane.path))
-        ax.set_title(landscape_title(landscape), fontsize=9)
+        ax.set_title(landscape_title(landscape))
     return figure
 
 
@@ -247,24 +277,29 @@ def landscape_title(landscape: Landscape) -> str:
 
 # %% ../../nbs/analysis/00_landscape.ipynb #bc581ea2
 def draw_contours(figure: Figure, ax: Axes, landscape: Landscape) -> None:
-    "Draw filled contours at quantiles, a colour bar, and axis labels that say how much of the path they show."
-    levels = np.unique(np.quantile(landscape.energies.double().numpy(), np.linspace(0, 1, 17)))
-    if len(levels) < 2:
-        levels = levels[0] + np.array([-0.5, 0.5])
-    norm = plt.matplotlib.colors.BoundaryNorm(levels, 256)
-    contours = ax.contourf(landscape.x, landscape.y, landscape.energies, levels, cmap="viridis", norm=norm)
-    figure.colorbar(contours, ax=ax, label="energy", ticks=levels[:: max(1, len(levels) // 6)], format="%.3g")
-    plane = landscape.plane
-    for i, set_label in enumerate((ax.set_xlabel, ax.set_ylabel)):
-        if i >= 2 - plane.num_filler_axes:
-            set_label("a fixed direction (the path has none left)")
-        else:
-            set_label(f"principal axis {i + 1} ({plane.explained_variance[i]:.1%} of variance)")
+    "Draw filled contours at even levels, a colour bar, and axis labels that say how much of the path they show."
+    energies = landscape.energies.double().numpy()
+    levels = contour_levels(energies, landscape.path_energies.double().numpy())
+    extend = "max" if energies.max() > levels[-1] else "neither"
+    contours = ax.contourf(landscape.x, landscape.y, energies, levels, cmap="viridis", extend=extend)
+    figure.colorbar(contours, ax=ax, label="energy", ticks=MaxNLocator(6))
+    ax.set(xlabel=landscape.plane.axis_label(0), ylabel=landscape.plane.axis_label(1))
     ax.set_aspect("equal")
 
 
+def contour_levels(
+    energies: Float64[np.ndarray, "rows columns"], path_energies: Float64[np.ndarray, "points"]
+) -> Float64[np.ndarray, "levels"]:
+    "Return even, round levels from the lowest energy to the path's highest, and at least to the 80 % quantile."
+    low, high = energies.min(), max(np.quantile(energies, 0.8), path_energies.max())
+    high = min(high, energies.max())
+    if high <= low:
+        return np.array([low - 0.5, low + 0.5])
+    return MaxNLocator(14).tick_values(low, high)
+
+
 def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
-    """Draw a line for each move, and points; all points are numbered, or every few and the last if there are many.
+    """Draw a line for each move, and points; points are numbered as far as the numbers do not cover each other.
 
     Labels that are not empty are listed in a corner, by number.
     """
@@ -272,16 +307,25 @@ def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
     for k, index in enumerate(landscape.plane.landscapes):
         color = "white" if index == landscape.landscape_index else "0.6"
         ax.plot(*points[k : k + 2].T, color=color, lw=1.6, zorder=2)
-    colors = ["tab:red"] * last + ["gold"]
+    colors = [COLORS[3]] * last + ["gold"]
     ax.scatter(*points.T, s=26, c=colors, edgecolors="black", linewidths=0.6, zorder=4)
-    interval = -(-last // 5)
-    numbered = [k for k in range(last + 1) if k % interval == 0 or k == last]
+    numbered = points_to_number(points, min_distance=0.08 * float(landscape.x[-1] - landscape.x[0]))
     for k in numbered:
         is_above = bool(points[k, 1] >= points[max(k - 1, 0) : k + 2, 1].mean())
         draw_text(ax, str(k), points[k], (0, 7 if is_above else -7), "center", is_above)
     lines = [f"{k} {labels[k]}" for k in numbered if labels[k]]
     if lines:
         draw_text(ax, "\n".join(lines), (0, 0), (6, 6), "left", True, xycoords="axes fraction")
+
+
+def points_to_number(points: Float64[np.ndarray, "points axis"], min_distance: float) -> list[int]:
+    "Return indices of points whose numbers do not cover each other: the last, the first, then those on the way."
+    last = len(points) - 1
+    chosen = [last]
+    for k in range(last):
+        if np.linalg.norm(points[chosen] - points[k], axis=1).min() >= min_distance:
+            chosen.append(k)
+    return sorted(chosen)
 
 
 def draw_text(
@@ -308,17 +352,37 @@ def draw_text(
     )
 
 # %% ../../nbs/analysis/00_landscape.ipynb #c31c0f0d
-def energy_at_position(model: EnergyTransformer, context: KeyValueCache, sample: int, position: int) -> Energy:
-    """Return the energy of any number of candidates for one position.
+@dataclass(frozen=True)
+class PositionEnergy:
+    """The energy of any number of candidates for one position, as a descent takes it.
 
-    It maps embedded candidates [rows, 1, width] to [rows, 1]. Raises AnalysisError for an index outside the context.
+    Attributes:
+        model: the model.
+        context: what one text left behind, up to the position.
+    """
+
+    model: EnergyTransformer
+    context: KeyValueCache
+
+    def __call__(self, embedded: Float[Tensor, "rows 1 width"], landscape: int) -> Float[Tensor, "rows 1"]:
+        "Return the energies of embedded candidates, which can be differentiated."
+        return self.model.energy(embedded[:, None], self.context, landscape)[:, 0]
+
+    def energy_and_gradient(
+        self, embedded: Float[Tensor, "rows 1 width"], landscape: int, differentiable: bool = False
+    ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1 width"]]:
+        "Return energies and their gradients with respect to candidates, with a graph of both if `differentiable`."
+        options = (self.context, landscape, differentiable)
+        energies, gradient = self.model.energy_and_gradient(embedded[:, None], *options)
+        return energies[:, 0], gradient[:, 0]
+
+
+def energy_at_position(model: EnergyTransformer, context: KeyValueCache, sample: int, position: int) -> PositionEnergy:
+    """Return the energy of any number of candidates for one position, given the texts of a context.
+
+    Raises AnalysisError for an index outside the context.
     """
     num_samples = len(next(iter(context.layers.values()))[0].keys)
     check_index("sample", sample, num_samples, "context")
     check_index("position", position, context.num_visible_token_slots, "context")
-
-    def energy(embedded: Float[Tensor, "rows 1 width"], landscape_index: int) -> Float[Tensor, "rows 1"]:
-        rows = torch.full((len(embedded),), sample, device=embedded.device)
-        return model.energy(embedded, select_rows(context, rows, position + 1), landscape_index)
-
-    return energy
+    return PositionEnergy(model, select_rows(context, slice(sample, sample + 1), position + 1))

@@ -9,9 +9,9 @@ __all__ = ['plot_rollout_course', 'plot_rollout_frames', 'draw_rollout_figures']
 from matplotlib.figure import Figure
 
 from .image_figures import plot_image_rows
-from .landscape import create_figure
 from .traces import plot_learning_curves
 from ..inference.rollout_metrics import COPY, MEASURES, TRUTH, RolloutEvaluation
+from ..runs.figures import create_figure
 from ..runs.folders import Run
 
 # %% ../../nbs/analysis/06_rollout_figures.ipynb #c3fc232d
@@ -30,8 +30,8 @@ def plot_rollout_course(found: RolloutEvaluation) -> Figure:
         is_better = [value > copy if has_pixels else value < copy for value, copy in zip(values, copied)]
         findings.append(f"{name} beats the copy in {sum(is_better)} of {found.num_frames} frames")
     axis.set(xlabel=f"generated frame, after {found.condition} true ones", ylabel=MEASURES[measure])
-    axis.set_title("; ".join(findings), fontsize=9)
-    axis.legend(fontsize=8)
+    axis.set_title("; ".join(findings))
+    axis.legend()
     return figure
 
 

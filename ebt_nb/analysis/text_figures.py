@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .landscape import compute_landscape, create_figure, energy_at_position, fit_plane, plot_landscape
+from .landscape import compute_landscape, energy_at_position, fit_plane, plot_landscape
 from ebt_nb.analysis.traces import (
     likeliest_tokens_by_step,
     mean_energy_and_nll_by_token,
@@ -32,6 +32,7 @@ from ..data.text_loaders import TextDataModule
 from ..data.tokenizers import TextTokenizer
 from ..inference.evaluate_text import check_split, evaluation_data_config
 from ..inference.next_token import freeze_for_inference
+from ..runs.figures import create_figure
 from ..runs.files import RunError
 from ..runs.folders import Run
 from ..thinking.descent import Trace, pad_with_last
@@ -114,8 +115,8 @@ def plot_nll_by_position(nll: Float[Tensor, "rows seq"]) -> Figure:
     if half:
         early, late = (nll[:, part].nanmean().item() for part in (scored_positions[:half], scored_positions[half:]))
         change = f"{abs(1 - late / early):.1%} {'less' if late < early else 'more'}"
-        ax.set_title(f"The later half of the context has {change} loss than the earlier", fontsize=9)
-    ax.set(xlabel="tokens read", ylabel="negative log-likelihood (nats per token)")
+        ax.set_title(f"The later half of the context has {change} loss than the earlier")
+    ax.set(xlabel="tokens read", ylabel="mean NLL (nats per token)")
     return figure
 
 # %% ../../nbs/analysis/02_text_figures.ipynb #b6627dea
@@ -227,7 +228,7 @@ def save_figures(figures: dict[str, Figure], folder: Path | str) -> list[Path]:
 
 # %% ../../nbs/analysis/02_text_figures.ipynb #0fdd39d6
 def plot_overfit(results: dict[str, OverfitResult]) -> Figure:
-    "Plot the loss (last thinking step, nats per token) over updates on the same batches, by name; log scale."
+    "Plot the loss (last thinking step, nats per token) over updates on the same batches, by name, and the target."
     figure, axes = create_figure(5.0, 3.0)
     ax, findings = axes[0, 0], []
     for name, result in results.items():
@@ -237,8 +238,8 @@ def plot_overfit(results: dict[str, OverfitResult]) -> Figure:
         ax.plot(updates, losses, lw=1, label=f"{name}: {outcome}")
         findings.append(f"{name} {'memorised' if is_reached else 'did NOT memorise'} the batches")
     for target in {result.target for result in results.values()}:
-        ax.axhline(target, color="gray", ls=":", lw=0.8)
+        ax.axhline(target, color="gray", ls=":", label=f"target: {target:g}")
     ax.set(yscale="log", xlabel="update", ylabel="loss (nats per token)")
-    ax.set_title("; ".join(findings), fontsize=9)
-    ax.legend(fontsize=8)
+    ax.set_title("; ".join(findings))
+    ax.legend()
     return figure

@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .image_figures import show_image
-from .landscape import AnalysisError, create_figure
+from .landscape import AnalysisError
 from ..config.kinds import VideoConfig
 from ..data.moving_images import MovingImageClip
 from ..data.video_loaders import VideoDataModule
 from ..inference.next_token import freeze_for_inference
 from ..inference.rollout_metrics import select_held_out_clips
 from ..inference.token_metrics import auroc
+from ..runs.figures import COLORS, create_figure
 from ..thinking.verify import evaluate_energy, final_energy
 from ..training.base import Batch
 from ..training.video import FRAME_DISTANCES, EnergyVideoModule, VideoModule, bind_space
@@ -167,20 +168,23 @@ def contrast_frames(
 
 
 def plot_contrasts(contrasts: list[Contrast], measure: str) -> Figure:
-    "Plot the distribution of a measure in both groups of each contrast, with its AUROC above."
-    figure, axes = create_figure(2.3 * len(contrasts), 2.6, columns=len(contrasts))
+    "Plot the distribution of a measure in both groups of each contrast, with its AUROC above; all over one range."
+    figure, axes = create_figure(2.4 * len(contrasts) + 0.3, 2.8, columns=len(contrasts), sharex=True)
+    everything = np.concatenate([group.numpy() for one in contrasts for group in (one.plain, one.unusual)])
+    low, high = np.quantile(everything, [0.005, 0.995])
+    bins = np.linspace(low, high if high > low else low + 1, 30)
     for axis, contrast in zip(axes[0], contrasts):
         groups = [group.numpy() for group in (contrast.plain, contrast.unusual)]
         if any(len(group) == 0 for group in groups):
-            axis.set_title(f"{contrast.name}: no such frames", fontsize=9)
+            axis.set_title(f"{contrast.name}: no such frames")
             continue
-        low, high = np.quantile(np.concatenate(groups), [0.005, 0.995])
-        bins = np.linspace(low, high if high > low else low + 1, 30)
-        for values, name, color in zip(groups, ("other frames", contrast.name), ("0.6", "C3")):
-            axis.hist(np.clip(values, low, high), bins, density=True, alpha=0.6, color=color, label=name)
-        axis.set(xlabel=measure, yticks=[])
-        axis.set_title(f"{contrast.name}: AUROC {contrast.auroc:.2f}", fontsize=9)
-        axis.legend(fontsize=7)
+        styles = (dict(color="0.75"), dict(color=COLORS[3], histtype="step", lw=1.5))
+        for values, name, style in zip(groups, ("other frames", contrast.name), styles):
+            axis.hist(np.clip(values, low, high), bins, density=True, label=name, **style)
+        axis.set(xlabel=measure, yticks=[], title=f"{contrast.name}: AUROC {contrast.auroc:.2f}")
+        axis.set_ylim(top=1.4 * axis.get_ylim()[1])
+        axis.legend(loc="upper left")
+    axes[0, 0].set_ylabel("density")
     return figure
 
 # %% ../../nbs/analysis/07_video_figures.ipynb #80cebb32
@@ -200,19 +204,22 @@ def plot_clip(
             f"clip: {clip} is outside the table, which has {len(table.rows)} (0 to {len(table.rows) - 1})"
         )
     seq = table.errors.shape[1]
-    figure, axes = create_figure(max(4.0, 0.55 * seq), 4.2, 4, height_ratios=[0.6, 0.6, 1.2, 1.2])
+    figure, axes = create_figure(max(5.2, 0.45 * seq + 1.4), 4.4, 4, height_ratios=[0.6, 0.6, 1.2, 1.2])
     for axis, name in zip(axes[:2, 0], ("truth", "predictions")):
         draw_strip(axis, getattr(table, name)[clip].unflatten(-1, config.frame_shape))
-        axis.set_ylabel(name.removesuffix("s"), fontsize=8)
+        axis.set_ylabel(name.removesuffix("s"), fontsize=8, rotation=0, ha="right", va="center")
     draw_values(axes[2, 0], {"model": table.errors[clip], "copied frame": table.copy_errors[clip]}, "error")
     curves = {} if table.energies is None else {energy_name.replace("_", " "): getattr(table, energy_name)[clip]}
     draw_values(axes[3, 0], curves, "energy")
-    axes[3, 0].set_xlabel("predicted frame")
+    axes[3, 0].set_visible(bool(curves))
+    axes[3 if curves else 2, 0].set_xlabel("predicted frame")
     if facts is not None:
         for axis in axes[2:, 0]:
             mark_facts(axis, {name: values[clip] for name, values in facts.items()})
+    for axis in axes[2 : 4 if curves else 3, 0]:
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     ratio = table.errors[clip].sum() / table.copy_errors[clip].sum()
-    figure.suptitle(f"The prediction's error is {ratio:.0%} of a copied frame's", fontsize=9)
+    figure.suptitle(f"The prediction's error is {ratio:.0%} of a copied frame's")
     return figure
 
 
@@ -226,17 +233,18 @@ def draw_strip(axis: Axes, frames: Float[Tensor, "seq channels rows columns"]) -
 def draw_values(axis: Axes, curves: dict[str, Float[Tensor, "seq"]], label: str) -> None:
     "Draw a line for each curve over the predicted frames, from 1 on."
     for number, (name, values) in enumerate(curves.items()):
-        axis.plot(range(1, len(values) + 1), values, "o-", ms=3, color=f"C{number}", label=name)
+        axis.plot(range(1, len(values) + 1), values, "o-", ms=3, color=COLORS[number], label=name)
         axis.set_xlim(0.5, len(values) + 0.5)
     axis.set_ylabel(label)
-    if curves:
-        axis.legend(fontsize=7)
 
 
 def mark_facts(axis: Axes, facts: dict[str, Float[Tensor, "seq"]]) -> None:
     "Shade the frames in which more than half of an object is hidden, and draw a line where a wall was met."
+    hidden, met = (dict(label=label) for label in ("object hidden", "wall met"))
     for number, (covered, bounced) in enumerate(zip(facts["covered"], facts["bounced"]), 1):
         if covered > 0.5:
-            axis.axvspan(number - 0.5, number + 0.5, color="0.85", zorder=0)
+            axis.axvspan(number - 0.5, number + 0.5, color="0.85", zorder=0, **hidden)
+            hidden = {}
         if bounced:
-            axis.axvline(number, color="C3", ls=":", lw=1, zorder=0)
+            axis.axvline(number, color=COLORS[3], ls=":", lw=1.2, zorder=0, **met)
+            met = {}

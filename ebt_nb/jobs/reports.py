@@ -75,6 +75,10 @@ HTML_TEMPLATE = """
 {%- block input_group -%}<details class="code"><summary>Code</summary>{{ super() }}</details>{%- endblock -%}
 {%- block stream_stdout -%}{{ log(output.text, super()) }}{%- endblock -%}
 {%- block stream_stderr -%}{{ log(output.text, super()) }}{%- endblock -%}
+{%- block data_png -%}
+{%- set alt = output | get_metadata("alt", "image/png") or "figure" -%}
+{{ super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ', 1) }}
+{%- endblock -%}
 {%- block html_head_css -%}
 {{ super() }}
 <style>

@@ -190,7 +190,8 @@ function lineChart(series, options = {}) {
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
     );
   }
-  for (const tick of niceTicks(xLow, xHigh, 5)) {
+  const isWhole = points.every((point) => Number.isInteger(point[0])); // steps and samples have no halves
+  for (const tick of niceTicks(xLow, xHigh, 5).filter((value) => !isWhole || Number.isInteger(value))) {
     svg.append(shape("text", { x: xAt(tick), y: height - margin.bottom + 15, "text-anchor": "middle" },
       formatNumber(tick, 4)));
   }
@@ -248,6 +249,40 @@ function barChart(rows, most = 1, title = "") {
       element("span", { class: "ebt-number" }, row.text)));
   }
   return list;
+}
+
+// ---- fields ----
+
+// The contour of a field at a level, by marching squares: segments [x1, y1, x2, y2] in units of columns and rows.
+// Squares with a corner that is null are left out.
+function contourSegments(rows, level) {
+  const segments = [];
+  for (let j = 0; j + 1 < rows.length; j += 1) {
+    for (let i = 0; i + 1 < rows[j].length; i += 1) {
+      const corners = [rows[j][i], rows[j][i + 1], rows[j + 1][i + 1], rows[j + 1][i]];
+      if (corners.includes(null)) continue;
+      const points = squareCrossings(corners, level).map(([x, y]) => [i + x, j + y]);
+      for (let k = 0; k + 1 < points.length; k += 2) segments.push([...points[k], ...points[k + 1]]);
+    }
+  }
+  return segments;
+}
+
+// Where a level crosses the sides of a unit square, whose corners run counterclockwise from (0, 0). Of four crossings
+// those next to each other are joined so that the middle, the mean of the corners, is on the right side.
+function squareCrossings(corners, level) {
+  const places = [[0, 0], [1, 0], [1, 1], [0, 1]];
+  const crossings = [];
+  for (let side = 0; side < 4; side += 1) {
+    const [a, b] = [corners[side], corners[(side + 1) % 4]];
+    if (a < level === b < level) continue;
+    const share = (level - a) / (b - a);
+    const [from, to] = [places[side], places[(side + 1) % 4]];
+    crossings.push([from[0] + share * (to[0] - from[0]), from[1] + share * (to[1] - from[1])]);
+  }
+  const mean = (corners[0] + corners[1] + corners[2] + corners[3]) / 4;
+  if (crossings.length === 4 && mean < level !== corners[0] < level) crossings.push(crossings.shift());
+  return crossings;
 }
 
 // ---- the exchange with the kernel ----
