@@ -21,7 +21,7 @@ function servedModel(values, token) {
         });
         answer({ id, ...await reply.json() });
       } catch {
-        answer({ id, error: "The server does not answer; was `ebt dashboard` ended? Start it again and open its address." });
+        answer({ id, error: "The server does not answer. Start `ebt dashboard` again and open what it prints." });
       }
     },
   };
