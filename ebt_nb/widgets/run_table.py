@@ -217,5 +217,5 @@ def describe_table(values: dict[str, Any]) -> str:
     if values["unread"]:
         sentences.append(f"{values['unread']} more are still to be read.")
     if values["problems"]:
-        sentences.append(f"{len(values['problems'])} folders cannot be read.")
+        sentences.append(f"{len(values['problems'])} of the folders cannot be read.")
     return " ".join(sentences)

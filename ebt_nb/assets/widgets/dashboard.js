@@ -98,9 +98,11 @@ function newRow(board, run) {
 }
 
 function fillRow(board, entry, row) {
+  const isResuming = (board.shown.resuming || []).includes(row.run);
+  const state = isResuming ? "… resuming" : `${STATE_MARKS[row.status] || ""} ${row.status}`;
   const speed = row.speed === null ? "–" : `${Math.round(row.speed).toLocaleString("en")} ${row.unit}/s`;
   const texts = [
-    `${STATE_MARKS[row.status] || ""} ${row.status}${row.job ? ` (job ${row.job})` : ""}`,
+    `${state}${row.job ? ` (job ${row.job})` : ""}`,
     row.model,
     `${row.step ?? 0} of ${row.max_steps}`,
     formatLoss(row.train_loss),
@@ -117,10 +119,11 @@ function fillRow(board, entry, row) {
   const number = (board.shown.chosen || []).indexOf(row.run);
   const { color, dashed } = lineStyle(number);
   entry.line.style.borderTop = number < 0 ? "" : `3px ${dashed ? "dashed" : "solid"} ${color}`;
-  const shown = `${row.action} ${row.report}`;
+  const action = isResuming ? null : row.action;
+  const shown = `${action} ${row.report}`;
   if (entry.shown === shown) return;
   entry.shown = shown;
-  entry.actions.replaceChildren(...actionButtons(board, row));
+  entry.actions.replaceChildren(...actionButtons(board, { ...row, action }));
 }
 
 function actionButtons(board, row) {
