@@ -93,7 +93,7 @@ def test_nothing_is_answered_without_the_token(tmp_path, visit):
         assert "Set-Cookie" not in headers
     for token in (None, "", "wrong", visitor.server.token + "x"):
         assert visitor.send("POST", "/request", {}, token=token)[0] == 403
-    code, headers, page = visitor.send("GET", f"/?token={visitor.server.token}", token=None)
+    code, headers, _ = visitor.send("GET", f"/?token={visitor.server.token}", token=None)
     assert code == 200 and "HttpOnly" in headers["Set-Cookie"] and "SameSite=Strict" in headers["Set-Cookie"]
     cookie = headers["Set-Cookie"].partition(";")[0]
     assert visitor.send("GET", "/", token=None, cookie=cookie)[0] == 200

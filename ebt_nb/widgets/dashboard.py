@@ -97,6 +97,7 @@ class DashboardState:
                 f"{action}: this dashboard only shows runs; `ebt dashboard --allow-actions` may {action}"
             )
         try:
+            self.table.refresh()
             run = self.table.run(address)
             if action == "stop":
                 return stop_run(run, self.table.root)
