@@ -97,6 +97,7 @@ COMMAND_ORDER = (
     "bench",
     "presets",
     "runs",
+    "dashboard",
     "checkpoint",
     "lab",
 )
