@@ -99,6 +99,7 @@ COMMAND_ORDER = (
     "runs",
     "checkpoint",
     "lab",
+    "docs",
 )
 
 
