@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'MATHJAX_PACKAGE', 'SITE_MARK', 'link_targets', 'exported_names', 'find_target', 'link_code_spans',
-           'has_ancestor', 'convert_docstring', 'convert_docstring_lines', 'shorten_signature', 'find_mathjax',
-           'sphinx_settings', 'collapse_sidebar', 'Site', 'find_notebooks', 'check_output', 'build_site', 'run_sphinx',
-           'BrokenSiteError', 'check_site', 'serve_site', 'QuietHandler']
+           'has_ancestor', 'convert_docstring', 'convert_docstring_lines', 'describe_fields', 'shorten_signature',
+           'find_mathjax', 'sphinx_settings', 'collapse_sidebar', 'Site', 'find_notebooks', 'check_output',
+           'build_site', 'run_sphinx', 'BrokenSiteError', 'check_site', 'serve_site', 'QuietHandler']
 
 # %% ../../nbs/jobs/25_docs.ipynb #14b60041
 import importlib
@@ -109,10 +109,20 @@ def convert_docstring(lines: list[str]) -> list[str]:
 
 
 def convert_docstring_lines(app: "Sphinx", what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    "Convert a docstring in place; Sphinx calls this for each."
+    "Convert a docstring in place, and add bases and described fields to that of a class; Sphinx calls this for each."
+    if what in ("class", "exception"):
+        lines += describe_fields(thing)
+        bases = [f"`{base.__name__}`" for base in thing.__bases__ if base is not object]
+        lines += ["", f"Extends {', '.join(bases)}.", ""] if bases else []
     lines[:] = convert_docstring(lines)
-    if what in ("class", "exception") and (bases := [base.__name__ for base in thing.__bases__ if base is not object]):
-        lines += ["", f"Extends {', '.join(f'``{base}``' for base in bases)}.", ""]
+
+
+def describe_fields(section: type) -> list[str]:
+    "Return what a section of the configuration says of its own keys, as the attributes of a docstring."
+    fields = getattr(section, "model_fields", {})
+    described = {name: fields[name].description for name in section.__annotations__ if name in fields}
+    lines = [f"    {name}: {text}" for name, text in described.items() if text]
+    return ["", "Attributes:", *lines, ""] if lines else []
 
 
 def shorten_signature(

@@ -62,9 +62,9 @@ def read_page(notebook: Path, name: str) -> Page:
     module = f"ebt_nb.{exported[1]}" if exported else ""
     return Page(name, title[1].strip(), promise[1].strip() if promise else "", module, book)
 
-
+# %% ../../nbs/jobs/22_docs_pages.ipynb #2675807a
 def read_pages(folder: Path) -> list[Page]:
-    """Read all notebooks below a folder: first those in no room, then room by room in the order of the landing page.
+    """Read all notebooks below a folder: those in no room, then room by room, as the landing page's table lists them.
 
     Raises WorkbenchError if there is no `index.ipynb`, the landing page.
     """
@@ -74,7 +74,8 @@ def read_pages(folder: Path) -> list[Page]:
     pages = [read_page(path, path.relative_to(folder).with_suffix("").as_posix()) for path in sorted(paths)]
     index = next(page for page in pages if page.name == "index")
     text = "\n".join(cell.source for cell in index.book.cells)
-    mentioned = list(dict.fromkeys(re.findall(r"\]\((\w+)/[^)]*\.ipynb", text)))
+    rooms = re.findall(r"^\| `ebt_nb\.(\w+)` \|", text, re.MULTILINE) + re.findall(r"\]\((\w+)/[^)]*\.ipynb", text)
+    mentioned = list(dict.fromkeys(rooms))
 
     def place(page: Page) -> tuple:
         room = page.room
@@ -86,7 +87,7 @@ def read_pages(folder: Path) -> list[Page]:
 
 def is_left_out(path: Path) -> bool:
     "Whether a notebook below the folder of notebooks is no page: a checkpoint of Jupyter's, or a copy made by a run."
-    return any(part.startswith(".") or part == "runs" for part in path.parts)
+    return any(part.startswith(".") for part in path.parts) or "runs" in path.parts[1:]
 
 # %% ../../nbs/jobs/22_docs_pages.ipynb #2b4b0399
 TITLE_CALLS = ("suptitle", "set_title", "title")
