@@ -145,7 +145,7 @@ def format_model_card(config: RunConfig, facts: TrainedFacts, address: str) -> s
     return f"""{card_header(config)}
 
 # {config.run.name}
-{KIND_TITLES[model.kind]}, size {model.size}: {shape}; {facts.num_weights:,} weights, matrices in {facts.number_format}.
+{KIND_TITLES.get(model.kind, f"A model of kind {model.kind}")}, size {model.size}: {shape}; {facts.num_weights:,} weights, matrices in {facts.number_format}.
 Trained with EBT Workbench; `config.yaml` is its whole configuration.
 
 ## Training
