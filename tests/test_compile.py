@@ -12,28 +12,33 @@ from ebt_nb.runs.folders import Run
 from ebt_nb.training.fit import fit
 
 
-def tiny_config(folder, **changes) -> RunConfig:
-    return build_config(
-        "text/quickstart",
-        {
-            "model.layers": 1,
-            "model.width": 16,
-            "model.heads": 2,
-            "data.context": 8,
-            "data.batch_size": 4,
-            "data.max_documents": 200,
-            "data.cache_dir": str(folder / "cache"),
-            "run.runs_dir": str(folder / "runs"),
-            "trainer.max_steps": 6,
-            "trainer.accumulate_grad_batches": 2,
-            "trainer.val_every": 3,
-            "trainer.val_batches": 2,
-            "trainer.log_every": 1,
-            "trainer.checkpoint_every": 3,
-            "optim.warmup_steps": 2,
-        }
-        | changes,
-    )
+def tiny_config(folder, preset="text/quickstart", **changes) -> RunConfig:
+    shared = {
+        "model.layers": 1,
+        "model.width": 16,
+        "model.heads": 2,
+        "data.batch_size": 4,
+        "data.cache_dir": str(folder / "cache"),
+        "run.runs_dir": str(folder / "runs"),
+        "trainer.max_steps": 6,
+        "trainer.accumulate_grad_batches": 2,
+        "trainer.val_every": 3,
+        "trainer.val_batches": 2,
+        "trainer.log_every": 1,
+        "trainer.checkpoint_every": 3,
+        "optim.warmup_steps": 2,
+    }
+    if preset.startswith("text/"):
+        shared |= {"data.context": 8, "data.max_documents": 200}
+    return build_config(preset, shared | changes)
+
+
+def tiny_transformer(folder, **changes) -> RunConfig:
+    return tiny_config(folder, **{"model.kind": "transformer"}, **changes)
+
+
+def tiny_image_config(folder, **changes) -> RunConfig:
+    return tiny_config(folder, "image/quickstart", **changes)
 
 
 def read_losses(run: Run) -> list[tuple[str, float]]:
@@ -48,11 +53,10 @@ def read_losses(run: Run) -> list[tuple[str, float]]:
 
 
 @pytest.mark.skipif(find_missing_compiler("cpu") is not None, reason="no C++ compiler")
-@pytest.mark.parametrize("changes", [dict(), {"model.kind": "transformer"}], ids=["ebt", "transformer"])
-def test_compiled_run(tmp_path, changes):
+@pytest.mark.parametrize("make_config", [tiny_config, tiny_transformer, tiny_image_config])
+def test_compiled_run(tmp_path, make_config):
     runs = [
-        fit(tiny_config(tmp_path, **changes, **{"trainer.compile": is_compiled}), progress="none")
-        for is_compiled in (False, True)
+        fit(make_config(tmp_path, **{"trainer.compile": is_compiled}), progress="none") for is_compiled in (False, True)
     ]
     eager, compiled = map(read_losses, runs)
     assert len(eager) >= 8 and [name for name, _ in compiled] == [name for name, _ in eager]

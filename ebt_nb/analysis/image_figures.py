@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Images', 'show_image', 'plot_image_rows', 'plot_quality', 'draw_quality_lines', 'compute_patch_energies',
-           'compute_patch_errors', 'plot_patch_energies', 'draw_image_figures', 'plot_restored_images']
+           'compute_patch_errors', 'plot_patch_energies', 'ImageSteps', 'measure_image_steps', 'draw_image_figures',
+           'plot_restored_images']
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #7c61ecdc
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -27,6 +29,7 @@ from .traces import correlations, plot_learning_curves
 from ..inference.restore import QualityRow, Restoration, held_out_batches, make_noisy, restore_images
 from ..runs.figures import COLORS, create_figure
 from ..runs.folders import Run
+from ..thinking.descent import Trace
 from ..training.images import EnergyImageModule, ImageModule, psnr
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #0b47f17a
@@ -108,11 +111,14 @@ def draw_quality_lines(axis: Axes, name: str, rows: Sequence[QualityRow], color:
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #6bb56833
 @torch.no_grad()
-def compute_patch_energies(module: EnergyImageModule, images: Images) -> Float[Tensor, "batch patches patches"]:
+def compute_patch_energies(
+    module: EnergyImageModule, images: Images, captions: Float[Tensor, "batch caption"] | None = None
+) -> Float[Tensor, "batch patches patches"]:
     "Return the energy of each patch in the last landscape, as the patches lie; their mean is the image's energy."
     model, space = module.model, module.space
     embedded = space.embed(space.enter(space.from_images(images)))
-    energies = model.condition_on(model.observe(len(images))).patch_energies(embedded, model.landscapes - 1)
+    context = model.observe(len(images) if captions is None else captions)
+    energies = model.condition_on(context).patch_energies(embedded, model.landscapes - 1)
     side = module.config.image_shape[1] // module.config.model.patch
     return energies.unflatten(-1, (side, side))
 
@@ -145,6 +151,33 @@ def plot_patch_energies(module: EnergyImageModule, images: Images, clean: Images
     measured = f"{energies.numel():,} patches: correlation {linear:.2f}, of ranks {rank:.2f}"
     figure.suptitle(f"energy and error of {measured}")
     return figure
+
+# %% ../../nbs/analysis/03_image_figures.ipynb #4af629f9
+@dataclass(frozen=True)
+class ImageSteps:
+    """The states of one image during a descent, the start first.
+
+    Attributes:
+        images: as the model sees images: pixels or latents.
+        patch_energies: the energy of each patch in the last landscape.
+    """
+
+    images: Float[Tensor, "states channels rows columns"]
+    patch_energies: Float[Tensor, "states patches patches"]
+
+    @property
+    def energies(self) -> Float[Tensor, "states"]:
+        "The energy of each state, the mean of its patches'."
+        return self.patch_energies.flatten(1).mean(1)
+
+
+def measure_image_steps(
+    module: EnergyImageModule, trace: Trace, number: int = 0, caption: Float[Tensor, "caption"] | None = None
+) -> ImageSteps:
+    "Return the states of the image with this number in a trace, and their patch energies for its encoded caption."
+    images = module.space.to_images(torch.stack([candidate[number] for candidate in trace.candidates]))
+    captions = None if caption is None else caption.expand(len(images), -1)
+    return ImageSteps(images, compute_patch_energies(module, images, captions))
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #be8526ea
 @torch.no_grad()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AnalysisError', 'check_index', 'check_trace_index', 'candidate_path', 'Plane', 'fit_plane', 'orthogonal_direction',
-           'Landscape', 'candidate_energies', 'compute_landscape', 'escape_dollars', 'plot_landscape',
-           'landscape_title', 'draw_contours', 'contour_levels', 'draw_path', 'points_to_number', 'draw_text',
-           'energy_at_position']
+           'Landscape', 'candidate_energies', 'compute_landscape', 'square_around', 'evaluate_plane', 'escape_dollars',
+           'plot_landscape', 'landscape_title', 'draw_contours', 'contour_levels', 'draw_path', 'points_to_number',
+           'draw_text', 'PositionEnergy', 'energy_at_position']
 
 # %% ../../nbs/analysis/00_landscape.ipynb #5f13183c
 from dataclasses import dataclass
@@ -72,6 +72,7 @@ class Plane:
         axes: two orthonormal directions.
         coordinates: of the path's points in the plane, from `centre`.
         explained_variance: the share of the path's variance along each axis.
+        axis_names: what the axes are, for a reader.
         num_filler_axes: how many of the last axes are fixed directions, because the path has too few dimensions.
     """
 
@@ -82,6 +83,17 @@ class Plane:
     coordinates: Float64[Tensor, "points 2"]
     explained_variance: tuple[float, float]
     num_filler_axes: int
+    axis_names: tuple[str, str] = ("principal axis 1", "principal axis 2")
+
+    def coordinates_of(self, candidates: Float[Tensor, "*points size"]) -> Float64[Tensor, "*points 2"]:
+        "Return the coordinates of candidates, projected onto the plane."
+        return (candidates.detach().cpu().double() - self.centre) @ self.axes.T
+
+    def axis_label(self, axis: int) -> str:
+        "Return what one of the two axes is, and how much of the path's variance lies along it."
+        if axis >= 2 - self.num_filler_axes:
+            return "a fixed direction (the path has none left)"
+        return f"{self.axis_names[axis]} ({self.explained_variance[axis]:.1%} of variance)"
 
     def candidates_at(self, coordinates: Float64[Tensor, "*grid 2"]) -> Float[Tensor, "*grid size"]:
         "Return the candidates at these coordinates, of the path's type and on its device."
@@ -142,6 +154,7 @@ class Landscape:
         y: coordinates of the grid along the second axis.
         energies: `energies[j, i]` is the energy at (`x[i]`, `y[j]`).
         path_energies: the energies of the path's points.
+        labels: names of the path's points, if they have some.
     """
 
     plane: Plane
@@ -150,6 +163,11 @@ class Landscape:
     y: Float64[Tensor, "resolution"]
     energies: Float[Tensor, "resolution resolution"]
     path_energies: Float[Tensor, "points"]
+    labels: list[str] | None = None
+
+    def plot(self) -> Figure:
+        "Plot the contours with the path on top."
+        return plot_landscape(self, labels=self.labels)
 
 # %% ../../nbs/analysis/00_landscape.ipynb #1de330fe
 @torch.no_grad()
@@ -188,14 +206,36 @@ def compute_landscape(
         raise AnalysisError(f"resolution: {resolution} points a side make no grid; take 2 or more")
     if margin < 0:
         raise AnalysisError(f"margin: {margin} would cut off the path; take 0 or more")
-    low, high = plane.coordinates.amin(0), plane.coordinates.amax(0)
+    x, y = square_around(plane.coordinates, margin, resolution)
+    return evaluate_plane(energy, space, plane, landscape_index, x, y)
+
+
+def square_around(
+    points: Float64[Tensor, "points 2"], margin: float, resolution: int
+) -> tuple[Float64[Tensor, "resolution"], Float64[Tensor, "resolution"]]:
+    "Return the coordinates of a square grid that leaves a margin of `margin` times the larger extent of some points."
+    low, high = points.amin(0), points.amax(0)
     extent = (high - low).max()
     half_width = (0.5 + margin) * torch.where(extent > 0, extent, 1.0)
     x, y = ((low + high) / 2)[:, None] + half_width * torch.linspace(-1, 1, resolution, dtype=torch.double)
+    return x, y
+
+
+def evaluate_plane(
+    energy: Energy,
+    space: PredictionSpace,
+    plane: Plane,
+    landscape_index: int,
+    x: Float64[Tensor, "columns"],
+    y: Float64[Tensor, "rows"],
+    batch_size: int = 64,
+) -> Landscape:
+    "Evaluate the energy on a grid of a plane, `batch_size` candidates at a time, and at the points of its path."
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
-    energies = candidate_energies(energy, space, plane.candidates_at(grid.flatten(0, 1)), landscape_index)
+    candidates = plane.candidates_at(grid.flatten(0, 1))
+    energies = candidate_energies(energy, space, candidates, landscape_index, batch_size)
     path_energies = candidate_energies(energy, space, plane.path, landscape_index)
-    return Landscape(plane, landscape_index, x, y, energies.view(resolution, resolution).cpu(), path_energies.cpu())
+    return Landscape(plane, landscape_index, x, y, energies.view(len(y), len(x)).cpu(), path_energies.cpu())
 
 # %% ../../nbs/analysis/00_landscape.ipynb #772d85a3
 def escape_dollars(text: str) -> str:
@@ -243,12 +283,7 @@ def draw_contours(figure: Figure, ax: Axes, landscape: Landscape) -> None:
     extend = "max" if energies.max() > levels[-1] else "neither"
     contours = ax.contourf(landscape.x, landscape.y, energies, levels, cmap="viridis", extend=extend)
     figure.colorbar(contours, ax=ax, label="energy", ticks=MaxNLocator(6))
-    plane = landscape.plane
-    for i, set_label in enumerate((ax.set_xlabel, ax.set_ylabel)):
-        if i >= 2 - plane.num_filler_axes:
-            set_label("a fixed direction (the path has none left)")
-        else:
-            set_label(f"principal axis {i + 1} ({plane.explained_variance[i]:.1%} of variance)")
+    ax.set(xlabel=landscape.plane.axis_label(0), ylabel=landscape.plane.axis_label(1))
     ax.set_aspect("equal")
 
 
@@ -317,17 +352,37 @@ def draw_text(
     )
 
 # %% ../../nbs/analysis/00_landscape.ipynb #c31c0f0d
-def energy_at_position(model: EnergyTransformer, context: KeyValueCache, sample: int, position: int) -> Energy:
-    """Return the energy of any number of candidates for one position.
+@dataclass(frozen=True)
+class PositionEnergy:
+    """The energy of any number of candidates for one position, as a descent takes it.
 
-    It maps embedded candidates [rows, 1, width] to [rows, 1]. Raises AnalysisError for an index outside the context.
+    Attributes:
+        model: the model.
+        context: what one text left behind, up to the position.
+    """
+
+    model: EnergyTransformer
+    context: KeyValueCache
+
+    def __call__(self, embedded: Float[Tensor, "rows 1 width"], landscape: int) -> Float[Tensor, "rows 1"]:
+        "Return the energies of embedded candidates, which can be differentiated."
+        return self.model.energy(embedded[:, None], self.context, landscape)[:, 0]
+
+    def energy_and_gradient(
+        self, embedded: Float[Tensor, "rows 1 width"], landscape: int, differentiable: bool = False
+    ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1 width"]]:
+        "Return energies and their gradients with respect to candidates, with a graph of both if `differentiable`."
+        options = (self.context, landscape, differentiable)
+        energies, gradient = self.model.energy_and_gradient(embedded[:, None], *options)
+        return energies[:, 0], gradient[:, 0]
+
+
+def energy_at_position(model: EnergyTransformer, context: KeyValueCache, sample: int, position: int) -> PositionEnergy:
+    """Return the energy of any number of candidates for one position, given the texts of a context.
+
+    Raises AnalysisError for an index outside the context.
     """
     num_samples = len(next(iter(context.layers.values()))[0].keys)
     check_index("sample", sample, num_samples, "context")
     check_index("position", position, context.num_visible_token_slots, "context")
-
-    def energy(embedded: Float[Tensor, "rows 1 width"], landscape_index: int) -> Float[Tensor, "rows 1"]:
-        rows = torch.full((len(embedded),), sample, device=embedded.device)
-        return model.energy(embedded, select_rows(context, rows, position + 1), landscape_index)
-
-    return energy
+    return PositionEnergy(model, select_rows(context, slice(sample, sample + 1), position + 1))

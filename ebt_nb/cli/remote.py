@@ -9,6 +9,7 @@ __all__ = ['checkpoint', 'exchange_with_hub', 'keep_rest', 'lab']
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from .arguments import ADDRESS_HELP, runs_dir_argument
 from .commands import argument, command
@@ -71,19 +72,25 @@ def keep_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
     return []
 
 
-@command("open JupyterLab on the notebooks; further options are handed on to it", parse_rest=keep_rest)
+@command(
+    "open JupyterLab on the notebooks; further options are handed on to it",
+    argument(
+        "--keep-outputs",
+        action="store_true",
+        help="save notebooks of the checkout with the outputs of their last run, to renew figures; otherwise one that "
+        "was only run is saved with the committed outputs",
+    ),
+    parse_rest=keep_rest,
+)
 def lab(args: argparse.Namespace) -> None:
-    "Become a JupyterLab server in the folder of the notebooks; their runs go where `ebt runs` looks from here."
-    import ebt_nb
-    from ebt_nb.jobs.notebook_parameters import RUNS_DIR_VARIABLE
+    "Become a JupyterLab server that opens `start_here`; runs of its notebooks go where `ebt runs` looks from here."
+    from ebt_nb.jobs.lab import lab_environment, lab_options, prepare_lab_folders
     from ebt_nb.runs.preemption import JOB_MARK
 
-    package = os.path.dirname(os.path.abspath(ebt_nb.__file__))
-    checkout = os.path.join(os.path.dirname(package), "nbs")
-    folder = checkout if os.path.isdir(checkout) else os.path.join(package, "experiments")
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in args.rest:
         note = "ebt lab: JupyterLab does not start as root unless it is told to: `ebt lab --allow-root` passes this on"
         print(note, file=sys.stderr, flush=True)
-    os.environ.pop(JOB_MARK, None)  # a session is not queued again by what is run in it
-    os.environ[RUNS_DIR_VARIABLE] = os.path.abspath(os.path.expanduser(default_runs_dir()))
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *args.rest])
+    options = lab_options(prepare_lab_folders(), args.keep_outputs)
+    environment = lab_environment(os.environ, Path(default_runs_dir()).expanduser().absolute())
+    environment.pop(JOB_MARK, None)  # a session is not queued again by what is run in it
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "jupyterlab", *options, *args.rest], environment)

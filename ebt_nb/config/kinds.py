@@ -39,10 +39,9 @@ from ebt_nb.config.models import (
     VideoTransformerConfig,
 )
 from ebt_nb.config.sections import (
-    CompiledTrainerConfig,
+    EagerTrainerConfig,
     EnergyLanguageTrainerConfig,
     EnergyOptimConfig,
-    ImageTrainerConfig,
     OptimConfig,
     RunSection,
     Section,
@@ -112,7 +111,6 @@ class LanguageConfig(RunConfig):
     data: Annotated[TextDataConfig | QuestionDataConfig, Field(discriminator="kind")] = Field(
         default_factory=TextDataConfig
     )
-    trainer: CompiledTrainerConfig = Field(default_factory=CompiledTrainerConfig)
 
     @model_validator(mode="after")
     def _check_vocabulary(self):
@@ -208,7 +206,7 @@ class ImageConfig(RunConfig):
 
     data: ImageDataConfig = Field(default_factory=ImageDataConfig)
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
-    trainer: ImageTrainerConfig = Field(default_factory=ImageTrainerConfig)
+    trainer: EagerTrainerConfig = Field(default_factory=EagerTrainerConfig)
     generate_only: ClassVar[tuple[str, ...]] = ("encoder.captions", "encoder.caption_width", "encoder.drop_caption")
     denoise_only: ClassVar[tuple[str, ...]] = ("diffusion.evaluation_levels",)
 
@@ -281,6 +279,7 @@ class VideoConfig(RunConfig):
 
     data: VideoDataConfig = Field(default_factory=VideoDataConfig)
     encoder: FrameEncoderConfig = Field(default_factory=FrameEncoderConfig)
+    trainer: EagerTrainerConfig = Field(default_factory=EagerTrainerConfig)
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:

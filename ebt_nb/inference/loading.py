@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_KEYS', 'INFERENCE_KEYS', 'override_inference_config', 'read_inference_config', 'use_one_device',
-           'check_shared_devices', 'place_module', 'load_for_inference']
+           'check_shared_devices', 'place_module', 'set_inference_config', 'load_for_inference',
+           'with_inference_settings']
 
 # %% ../../nbs/inference/00_loading.ipynb #ffb84a29
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..config.update_size import count_devices
 from ..data.cache import log_line
 from ..data.loaders import rank_and_world_size
 from ..training.base import TrainingModule
-from ..training.build import load_module
+from ..training.build import build_module, load_module
 from ..training.checkpoints import read_checkpoint, read_module_config
 from ..training.trainer import select_device
 
@@ -99,6 +100,14 @@ def place_module(module: TrainingModule, accelerator: str | None = None) -> Trai
     return module.to(device)
 
 
+def set_inference_config(module: TrainingModule, config: RunConfig) -> None:
+    "Let a module follow a configuration that `override_inference_config` returned, its descent too."
+    module.config = config
+    if module.descent is not None:
+        module.descent.policy = config.thinking
+        module.descent.inference = config.inference
+
+
 def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> TrainingModule:
     """Return the module of a checkpoint file, with changed settings for inference, on its device (`place_module`).
 
@@ -110,12 +119,22 @@ def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, A
     module = load_module(checkpoint)
     config = override_inference_config(use_one_device(module.config), settings)
     check_shared_devices(config)
-    module.config = config
-    if module.descent is not None:
-        module.descent.policy = config.thinking
-        module.descent.inference = config.inference
+    set_inference_config(module, config)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     for line in module.inference_notes():
         log_line(line)
     return place_module(module, settings.get("trainer.accelerator"))
+
+# %% ../../nbs/inference/00_loading.ipynb #e3a0a5cb
+def with_inference_settings(module: TrainingModule, settings: list[str] | dict[str, Any]) -> TrainingModule:
+    """Return a module in evaluation mode around the same network, with changed settings for inference.
+
+    The given module stays as it is. Raises ConfigError as `override_inference_config` does.
+    """
+    config = override_inference_config(module.config, settings)
+    changed = build_module(config, module.model)
+    if module.descent is not None:
+        changed.descent.load_state_dict(module.descent.state_dict())
+    changed.tokenizer = module.tokenizer
+    return changed.to(next(module.parameters()).device).eval()

@@ -33,7 +33,7 @@ from ..models.diffusion import GaussianDiffusion
 from ..thinking.descent import Descent, Trace, pad_with_last
 from ..thinking.verify import think
 from ..training.base import Batch
-from ..training.images import EnergyImageModule, ImageModule, psnr
+from ..training.images import EnergyImageModule, ImageModule, image_rng, psnr
 
 # %% ../../nbs/inference/12_restore.ipynb #c7b9c709
 Images = Float[Tensor, "batch channels rows columns"]
@@ -145,9 +145,13 @@ def select_held_out_rows(
     return rows, split_into_batches_for_ranks(epoch_permutation(0, 0, len(rows))[:limit], BATCH_SIZE)
 
 
-def make_noisy(module: ImageModule, batch: Batch, level: float) -> Images:
-    "Return the images of a batch made noisy to `level`; the noise of an image does not depend on the model."
-    rng, images, steps = module.batch_rng(batch), batch["image"], module.config.diffusion.steps
+def make_noisy(module: ImageModule, batch: Batch, level: float, seed: int | None = None) -> Images:
+    """Return the images of a batch made noisy to `level`; the noise of an image does not depend on the model.
+
+    It depends on `seed` (by default the configuration's) and the image's row.
+    """
+    images, steps = batch["image"], module.config.diffusion.steps
+    rng = module.batch_rng(batch) if seed is None else image_rng(seed, batch["index"])
     noise = rng.for_purpose("noise").normal(images[0].numel(), images.dtype).view_as(images)
     return GaussianDiffusion(steps, level).add_noise(images, torch.full_like(batch["index"], steps - 1), noise)
 

@@ -12,8 +12,8 @@ import re
 import shlex
 from pathlib import Path
 
-import ebt_nb
 from ..config.errors import WorkbenchError, suggest
+from .notebook_parameters import PACKAGE, find_checkout
 
 # %% ../../nbs/jobs/05_sbatch_options.ipynb #75569337
 class SubmitError(WorkbenchError):
@@ -134,10 +134,8 @@ def remove_comments(script: str) -> str:
 # %% ../../nbs/jobs/05_sbatch_options.ipynb #05409196
 def headers_folder_path() -> Path:
     "Return the folder of the headers: job_scripts/slurm_headers of the checkout, or the package's own copy."
-    package = Path(ebt_nb.__file__).parent
-    if (package.parent / "settings.ini").is_file():
-        return package.parent / "job_scripts" / "slurm_headers"
-    return package / "slurm_headers"
+    checkout = find_checkout()
+    return checkout / "job_scripts" / "slurm_headers" if checkout else PACKAGE / "slurm_headers"
 
 
 def find_header(name: str) -> Path:

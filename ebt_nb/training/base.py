@@ -205,7 +205,7 @@ class TrainingModule(PretrainedModule, MetricsModule):
 
     @property
     def step_graphs(self) -> GraphCache | None:
-        "Where training steps are recorded as graphs; None where they run eagerly. For kinds that support it."
+        "Where training steps are recorded as graphs; None where they run eagerly."
         return self._graph_cache if resolve_compile(self.config, self.device.type) else None
 
     def batch_rng(self, batch: Batch, micro_step: int | None = None) -> RandomKeys:
@@ -308,21 +308,22 @@ class EnergyTrainingModule(TrainingModule):
     def inference_notes(self) -> list[str]:
         "Return a line if more thinking steps are asked for than training takes."
         inference, trained = self.config.inference, self.config.thinking.max_training_steps
-        key = "inference.steps"
-        if inference.steps is None and inference.steps_per_landscape is not None:
-            key = "inference.steps_per_landscape"
+        is_per_landscape = inference.steps is None and inference.steps_per_landscape is not None
+        key = "inference.steps" + "_per_landscape" * is_per_landscape
         steps = len(inference.schedule(self.config.thinking))
         if steps <= trained:
             return []
         return [f"{key}: {steps} thinking steps, and training takes at most {trained}; more may be worse"]
 
     def setup(self, stage: str) -> None:
-        """Allocate the replay buffer when training begins.
-
-        Not earlier, so that a checkpoint can be loaded without it.
-        """
+        "Allocate the replay buffer when training begins; not earlier, so that a checkpoint can be loaded without it."
         super().setup(stage)
-        if stage == "fit" and self.config.thinking.replay and self.replay is None:
+        if stage == "fit":
+            self.allocate_replay()
+
+    def allocate_replay(self) -> None:
+        "Allocate the replay buffer, if the configuration has one and it is not there yet."
+        if self.config.thinking.replay and self.replay is None:
             self.replay = ReplayBuffer(self.config.thinking.replay, self.replay_fields())
 
     def shared_rng(self, micro_step: int) -> RandomKeys:

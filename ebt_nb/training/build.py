@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUNK_KEYS', 'LANGUAGE_KIND', 'IMAGE_KIND', 'VIDEO_KIND', 'MODEL_KINDS', 'ModelKind', 'get_model_kind',
-           'compiles_steps', 'build_module', 'load_module', 'load_pretrained', 'load_initial_weights']
+           'build_module', 'load_module', 'load_pretrained', 'load_initial_weights']
 
 # %% ../../nbs/training/11_build.ipynb #bfdb1dfb
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ..config.kinds import RunConfig
 from ..config.overrides import differing_keys
 from ..runs.addresses import find_checkpoint
 from ..thinking.replay import ReplayFields
-from .base import Batch, TrainingModule, resolve_compile
+from .base import Batch, TrainingModule
 from .checkpoints import CheckpointError, load_weights, read_checked_checkpoint, read_module_config
 from ebt_nb.training.images import (
     ImageModule,
@@ -58,7 +58,6 @@ class ModelKind:
         example_batch: returns a batch of that many rows, of random numbers, such as the data module serves.
         candidate_shape: returns the number of positions in a sample, and of numbers in a candidate at each.
         weight_keys: the configuration keys on which the shape of the weights depends.
-        supports_compile: whether a training step can be one compiled graph.
         supports_row_chunks: whether a training step can process the rows of a batch in chunks.
     """
 
@@ -69,7 +68,6 @@ class ModelKind:
     example_batch: Callable[[RunConfig, int], Batch]
     candidate_shape: Callable[[RunConfig], tuple[int, int]]
     weight_keys: tuple[str, ...]
-    supports_compile: bool
     supports_row_chunks: bool
 
 
@@ -82,7 +80,6 @@ LANGUAGE_KIND = ModelKind(
     example_batch=text_example_batch,
     candidate_shape=text_candidate_shape,
     weight_keys=(*TRUNK_KEYS, "model.vocab_size", "model.tied", "model.energy"),
-    supports_compile=True,
     supports_row_chunks=True,
 )
 IMAGE_KIND = ModelKind(
@@ -100,7 +97,6 @@ IMAGE_KIND = ModelKind(
         "encoder.images",
         "encoder.captions",
     ),
-    supports_compile=True,
     supports_row_chunks=False,
 )
 VIDEO_KIND = ModelKind(
@@ -120,7 +116,6 @@ VIDEO_KIND = ModelKind(
         "encoder.images",
         "encoder.pooling",
     ),
-    supports_compile=False,
     supports_row_chunks=False,
 )
 MODEL_KINDS = {
@@ -136,14 +131,6 @@ MODEL_KINDS = {
 def get_model_kind(config: RunConfig) -> ModelKind:
     "Return the registry's entry for the kind of model of a configuration."
     return MODEL_KINDS[config.model.kind]
-
-
-def compiles_steps(config: RunConfig, device: str) -> bool:
-    """Return whether training steps of this kind of model are compiled on a kind of device.
-
-    Raises ConfigError as `resolve_compile` does.
-    """
-    return get_model_kind(config).supports_compile and resolve_compile(config, device)
 
 
 def build_module(config: RunConfig, model: nn.Module | None = None) -> TrainingModule:

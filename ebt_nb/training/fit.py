@@ -32,8 +32,8 @@ from ..runs.files import format_bytes, write_atomically
 from ..runs.folders import Run
 from ..runs.metrics import MetricsFile
 from ..thinking.replay import replay_bytes
-from .base import TrainingModule
-from .build import build_module, compiles_steps, get_model_kind, load_initial_weights
+from .base import TrainingModule, resolve_compile
+from .build import build_module, get_model_kind, load_initial_weights
 from .callbacks import Console, MetricsRecorder, ProgressReporter, build_named_callbacks, quiet_lightning
 from .checkpoint_saving import CheckpointSaver, StopSignals
 from .estimate import check_cache_space, check_memory_and_disk
@@ -84,7 +84,7 @@ def prepare_training(
     trainer = build_trainer(override_config(config, changes), Path(), [])
     device = trainer.strategy.root_device.type
     check_devices(config, device)
-    compiles_steps(config, device)
+    resolve_compile(config, device)
     data = build_data_module(config)
     if (line := check_cache_space(data)) and trainer.is_global_zero:
         log_line(line)
@@ -132,7 +132,7 @@ def describe_training(
         lines.append(_describe_replay(config))
     if config.run.defaults:
         lines.append(f"site defaults were taken from {config.run.defaults}")
-    if compiles_steps(config, device):
+    if resolve_compile(config, device):
         lines.append(
             "training steps are compiled, which takes minutes at the first update, "
             "and at the first with any other number of thinking steps"

@@ -27,7 +27,7 @@ from ..thinking.spaces import ImageSpace
 from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap
 from .losses import ObjectiveOutput
 from .objectives import first_move_std, regression_objective
-from .training_step import KeepCandidates, objective_as_graph
+from .training_step import KeepCandidates, evaluate_objective
 
 # %% ../../nbs/training/09_images.ipynb #2d9c549a
 def uses_captions(config: RunConfig) -> bool:
@@ -243,12 +243,8 @@ class EnergyImageModule(EnergyTrainingModule, ImageModule):
             options = dict(captions=captions, keep_candidates=keep)
             return restoration_objective(*models, clean, start, rng, objective, schedule, **options)
 
-        inputs, graphs = (clean, start, rng.first_word, rng.second_word, captions), self.step_graphs
-        if graphs is None:
-            return compute(*inputs)
-        policy = self.descent.policy.model_dump_json()
-        key = tuple(schedule), keep, objective.model_dump_json(), policy
-        return objective_as_graph(graphs, compute, [self.model, self.descent], inputs, schedule, key)
+        inputs, key = (clean, start, rng.first_word, rng.second_word, captions), (keep, objective.model_dump_json())
+        return evaluate_objective(self.step_graphs, compute, inputs, self.model, self.descent, schedule, key)
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         "Return the loss after each step, the fall of the energy and, of restored images, PSNR; number of images."
@@ -319,9 +315,7 @@ class DiffusionModule(ImageModule):
             return ObjectiveOutput(loss, [loss.detach()], auxiliary=parts)
 
         inputs = image, noisy, t, noise, captions, *self.diffusion.loss_coefficients(t, image.dtype)
-        if micro_step is None or self.step_graphs is None:
-            return compute(*inputs)
-        return objective_as_graph(self.step_graphs, compute, [self.model], inputs, [], "diffusion")
+        return evaluate_objective(None if micro_step is None else self.step_graphs, compute, inputs, self.model)
 
     def validation_metrics(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], Int[Tensor, ""]]:
         "Return the loss and the two that it is the sum of, and the number of images."

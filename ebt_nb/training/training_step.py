@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KeepCandidates', 'GradientAccumulator', 'LossWithGradients', 'trace_tensors', 'trace_from_tensors',
-           'objective_as_graph', 'trainable_parameters', 'default_rows_per_chunk', 'TokenBatch', 'TrainingStep']
+           'evaluate_objective', 'trainable_parameters', 'default_rows_per_chunk', 'TokenBatch', 'TrainingStep']
 
 # %% ../../nbs/training/01_training_step.ipynb #21ca1531
 from collections.abc import Callable, Hashable, Sequence
@@ -119,19 +119,26 @@ def trace_from_tensors(tensors: tuple[list[Tensor], ...], schedule: list[int]) -
     return Trace(candidates, energies, gradient_norms, list(schedule), accepted)
 
 
-def objective_as_graph(
-    graphs: GraphCache,
+def evaluate_objective(
+    graphs: GraphCache | None,
     compute_objective: Callable[..., ObjectiveOutput],
-    modules: Sequence[nn.Module],
     inputs: Sequence[Any],
-    schedule: list[int],
-    static_key: Hashable,
+    model: nn.Module,
+    descent: Descent | None = None,
+    schedule: Sequence[int] = (),
+    static_key: tuple[Hashable, ...] = (),
 ) -> ObjectiveOutput:
-    """Return `compute_objective(*inputs)` by a graph of it and of the gradients of its loss, recorded in `graphs`.
+    """Return `compute_objective(*inputs)`: eagerly, or by a graph of it and of the gradients of its loss in `graphs`.
 
-    `modules` have the weights; `schedule` is that of the objective's trace, empty if it has none. `static_key` is as
-    for `GraphCache`. The loss can be differentiated once. Raises DivergenceError after the step.
+    `model` and `descent` have the weights; `schedule` is that of the objective's trace. `static_key` names what else
+    the objective depends on, as for `GraphCache`. The loss of a graph can be differentiated once, and its
+    DivergenceError is raised after the step.
     """
+    if graphs is None:
+        return compute_objective(*inputs)
+    modules = [model] if descent is None else [model, descent]
+    policy = None if descent is None else descent.policy.model_dump_json()
+    static_key = (tuple(schedule), policy, *static_key)
 
     def compute(*inputs):
         with torch.enable_grad():
@@ -141,7 +148,7 @@ def objective_as_graph(
         return output.loss, output.step_losses, output.auxiliary, tensors, list(gradients)
 
     loss, step_losses, auxiliary, tensors, gradients = graphs(compute, modules, *inputs, static_key=static_key)
-    trace = trace_from_tensors(tensors, schedule) if tensors else None
+    trace = trace_from_tensors(tensors, list(schedule)) if tensors else None
     loss = LossWithGradients.apply(loss, gradients, *trainable_parameters(*modules))
     return ObjectiveOutput(loss, step_losses, trace, auxiliary)
 

@@ -29,6 +29,7 @@ from ..thinking.verify import ThinkingResult, think
 from .base import Batch, EnergyTrainingModule, TrainingModule, energy_gap
 from .losses import ObjectiveOutput
 from .objectives import first_move_std, regression_objective
+from .training_step import evaluate_objective
 
 # %% ../../nbs/training/10_video.ipynb #b024b924
 def build_video_network(config: RunConfig) -> FrameEnergyTransformer | FrameTransformer:
@@ -202,23 +203,32 @@ class EnergyVideoModule(EnergyTrainingModule, VideoModule):
         rng = self.batch_rng(batch, micro_step)
         if micro_step is None:
             objective = VideoObjectiveConfig(loss=self.config.objective.loss)
-            return self._regress(batch, rng, objective, differentiable=False, keep_candidates="all")
+            return self._regress(batch["frames"], rng, objective, differentiable=False, keep_candidates="all")
         fresh = {name: batch[name] for name in ("frames", "index")}
         replayed = self.append_replayed(fresh, rng, micro_step, lambda: self._starts_to_replay(fresh, rng))
-        output = self._regress(
-            replayed.batch,
-            replayed.rng,
-            self.config.objective,
-            schedule=self.descent.draw_schedule(self.shared_rng(micro_step)),
-            start=replayed.starts,
-            keep_candidates="none" if self.replay is None else "last",
-        )
+        schedule = self.descent.draw_schedule(self.shared_rng(micro_step))
+        output = self._compute_training_objective(replayed.batch["frames"], replayed.starts, replayed.rng, schedule)
         self.store_predictions(fresh, output)
         return output
 
-    def _regress(self, batch: Batch, rng: RandomKeys, objective: VideoObjectiveConfig, **options) -> ObjectiveOutput:
-        "Return the objective of predicting each frame of a batch from those before it."
-        inputs, truth = batch["frames"][:, :-1], batch["frames"][:, 1:]
+    def _compute_training_objective(
+        self, frames: Tensor, start: Tensor | None, rng: RandomKeys, schedule: list[int]
+    ) -> ObjectiveOutput:
+        "The objective of training on frames, given what is random; as a graph where steps are compiled."
+        keep, objective = "none" if self.replay is None else "last", self.config.objective
+
+        def compute(frames, start, first_word, second_word):
+            rng = RandomKeys(first_word, second_word)
+            return self._regress(frames, rng, objective, schedule=schedule, start=start, keep_candidates=keep)
+
+        inputs, key = (frames, start, rng.first_word, rng.second_word), (keep, objective.model_dump_json())
+        return evaluate_objective(self.step_graphs, compute, inputs, self.model, self.descent, schedule, key)
+
+    def _regress(
+        self, frames: Float[Tensor, "batch frames frame"], rng: RandomKeys, objective: VideoObjectiveConfig, **options
+    ) -> ObjectiveOutput:
+        "Return the objective of predicting each frame from those before it."
+        inputs, truth = frames[:, :-1], frames[:, 1:]
         context = self.model.observe(inputs)
         space = bind_space(self.space, context, inputs)
         return regression_objective(
@@ -291,8 +301,13 @@ class TransformerVideoModule(VideoModule):
 
     def compute_objective(self, batch: Batch, micro_step: int | None = None) -> ObjectiveOutput:
         "Return the loss on a batch; it is the same in training (at `micro_step`) and outside it."
-        loss = self.frame_distance(self.model(batch["frames"][:, :-1]), batch["frames"][:, 1:])
-        return ObjectiveOutput(loss, [loss.detach()])
+
+        def compute(frames):
+            loss = self.frame_distance(self.model(frames[:, :-1]), frames[:, 1:])
+            return ObjectiveOutput(loss, [loss.detach()])
+
+        graphs = None if micro_step is None else self.step_graphs
+        return evaluate_objective(graphs, compute, (batch["frames"],), self.model)
 
     @torch.no_grad()
     def predict_frames(self, batch: Batch) -> Float[Tensor, "batch seq frame"]:

@@ -41,15 +41,15 @@ def read_widget_file(name: str) -> str:
     return (ASSETS / "widgets" / name).read_text(encoding="utf-8")
 
 
-def load_script(name: str) -> str:
-    """Return the JavaScript module of a view, with the common parts before it.
+def load_script(name: str, *parts: str) -> str:
+    """Return the JavaScript module of a view, with the common parts before it, then files that it shares with others.
 
     Raises WorkbenchError if the file does not end with `export default { render };`, which both hosts rely on.
     """
     script = read_widget_file(f"{name}.js").rstrip()
     if not script.endswith(EXPORT):
         raise WorkbenchError(f"assets/widgets/{name}.js: it must end with `{EXPORT}`")
-    return read_widget_file("common.js") + "\n" + script + "\n"
+    return "\n".join(read_widget_file(f"{part}.js") for part in ("common", *parts)) + "\n" + script + "\n"
 
 
 EXPORT = "export default { render };"
@@ -85,6 +85,10 @@ class View(anywidget.AnyWidget):
         "Return what a request asks for, as JSON holds it. Raises WorkbenchError for what cannot be had."
         raise WorkbenchError(f"{type(self).__name__} answers no requests")
 
+    def page_frame(self) -> dict[str, Any]:
+        "Return what `to_html` writes: the frame, or a part of it where the whole is too large for a page."
+        return self.frame
+
     @traitlets.observe("frame")
     def _describe_frame(self, change: dict[str, Any]) -> None:
         "Keep the text alternative in step with the frame."
@@ -109,7 +113,7 @@ class View(anywidget.AnyWidget):
 
         Raises WorkbenchError if it has more than `max_bytes` bytes.
         """
-        values = {"frame": self.frame, "description": self.description, "has_kernel": False}
+        values = {"frame": self.page_frame(), "description": self.description, "has_kernel": False}
         state = json.dumps(values, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
         script = self._esm.rstrip().removesuffix(EXPORT)
         key = hashlib.sha256((script + state).encode()).hexdigest()[:12]

@@ -39,12 +39,15 @@ function formatNumber(value, digits = 3) {
 
 // ---- controls: native elements, so that keyboard and screen readers work ----
 
+// JupyterLab takes arrow keys and letters for commands of the notebook, unless an element is marked.
+const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
 // A labelled range input. `options`: min, max, step, value, format. Returns { node, value, set(value, silent) }.
 function slider(label, options, onInput) {
   const format = options.format || ((value) => formatNumber(value));
   const output = element("output", { class: "ebt-value" });
   const input = element("input", {
-    type: "range", min: options.min, max: options.max, step: options.step || 1, "aria-label": label,
+    type: "range", min: options.min, max: options.max, step: options.step || 1, "aria-label": label, ...OWN_KEYS,
   });
   input.value = options.value ?? options.min;
   const show = () => {
@@ -69,7 +72,7 @@ function slider(label, options, onInput) {
 // A labelled list of choices: `options` are [value, text] pairs or plain texts.
 function choice(label, options, value, onChange) {
   const pairs = options.map((option) => (Array.isArray(option) ? option : [option, option]));
-  const select = element("select", { "aria-label": label, onchange: () => onChange(select.value) });
+  const select = element("select", { "aria-label": label, onchange: () => onChange(select.value), ...OWN_KEYS });
   for (const [key, text] of pairs) select.append(element("option", { value: key }, String(text)));
   select.value = value;
   return {
@@ -81,14 +84,15 @@ function choice(label, options, value, onChange) {
 }
 
 function button(label, onClick, attributes = {}) {
-  return element("button", { type: "button", class: "ebt-button", onclick: onClick, ...attributes }, label);
+  const own = { type: "button", class: "ebt-button", onclick: onClick, ...OWN_KEYS };
+  return element("button", { ...own, ...attributes }, label);
 }
 
 function textBox(label, value, onEnter) {
-  const input = element("input", { type: "text", "aria-label": label, class: "ebt-text" });
+  const input = element("input", { type: "text", "aria-label": label, class: "ebt-text", ...OWN_KEYS });
   input.value = value;
   input.addEventListener("keydown", (event) => {
-    event.stopPropagation(); // JupyterLab would take letters as commands
+    event.stopPropagation();
     if (event.key === "Enter") onEnter(input.value);
   });
   return { node: element("label", { class: "ebt-control" }, element("span", {}, label), input), input,
@@ -190,7 +194,8 @@ function lineChart(series, options = {}) {
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
     );
   }
-  for (const tick of niceTicks(xLow, xHigh, 5)) {
+  const isWhole = points.every((point) => Number.isInteger(point[0])); // steps and samples have no halves
+  for (const tick of niceTicks(xLow, xHigh, 5).filter((value) => !isWhole || Number.isInteger(value))) {
     svg.append(shape("text", { x: xAt(tick), y: height - margin.bottom + 15, "text-anchor": "middle" },
       formatNumber(tick, 4)));
   }
