@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .landscape import check_index, create_figure, escape_dollars
+from .landscape import check_index, escape_dollars
+from ..runs.figures import create_figure
 from ebt_nb.analysis.traces import (
     Decode,
     PredictionSteps,
