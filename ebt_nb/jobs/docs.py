@@ -190,7 +190,7 @@ def sphinx_settings(title: str, static: Path) -> dict[str, Any]:
         "napoleon_attr_annotations": False,
         "napoleon_numpy_docstring": False,
         "default_role": "literal",
-        "smartquotes": False,
+        "smartquotes_action": "D",  # dashes; quotes stay as they are written
         "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],
     }
 
