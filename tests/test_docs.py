@@ -11,6 +11,7 @@ from ebt_nb.jobs.docs import build_site
 from ebt_nb.jobs.docs_links import find_broken_references, read_references
 
 ROOM = "thinking"
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning", "ignore::DeprecationWarning")  # Sphinx's
 
 
 @pytest.fixture(scope="module")

@@ -186,10 +186,11 @@ def sphinx_settings(title: str, static: Path) -> dict[str, Any]:
         "maximum_signature_line_length": 88,
         "python_use_unqualified_type_names": True,
         "add_module_names": False,
-        "napoleon_use_ivar": True,
+        "napoleon_custom_sections": [("Attributes", "params_style")],
         "napoleon_attr_annotations": False,
         "napoleon_numpy_docstring": False,
         "default_role": "literal",
+        "smartquotes_action": "D",  # dashes; quotes stay as they are written
         "suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"],
     }
 
