@@ -140,11 +140,11 @@ function pointFacts(view) {
   const head = element("tr", {}, ...["", "energy", "gradient norm"].map((text) => element("th", {}, text)));
   const target = frame.target === null ? "" : `; the text goes on with ${frame.target}`;
   return element("div", { class: "ebt-facts" },
-    element("h4", {}, `${path.name}, ${step ? `after step ${step}` : "the start"}`),
+    element("h4", {}, `${path.name}, ${step ? `after move ${step}` : "the start"}`),
     barChart(rows, 1, "likeliest tokens"),
     element("p", { class: "ebt-note" }, `entropy ${formatNumber(path.entropies[step])} nats${target}`),
     element("table", {}, head, ...facts),
-    lineChart(series, { title: "Energy along the path", xLabel: "step", marker: step, height: 160 }),
+    lineChart(series, { title: "Energy along the path", xLabel: "moves made", marker: step, height: 160 }),
     legend(series));
 }
 
@@ -245,7 +245,7 @@ function frameControls(page) {
   const { frame } = page;
   const update = (change) => (value) => { Object.assign(page, change(value)); page.redraw({}); };
   const controls = {};
-  controls.step = slider("step", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
+  controls.step = slider("move", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
   controls.play = playButton(controls.step, 900);
   controls.path = choice("candidate", [["0", "…"]], "0", update((index) => ({ pathIndex: Number(index) })));
   controls.shown = choice("landscapes", [["all", "side by side"],
