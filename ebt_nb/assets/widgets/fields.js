@@ -110,7 +110,7 @@ function squareCrossings(corners, level) {
 
 function colorBar(field, levels) {
   const stops = CIVIDIS.map((color, k) => `${color} ${((100 * k) / (CIVIDIS.length - 1)).toFixed(0)}%`);
-  const ticks = [0, 4, 8, 12, 16].map((k) => element("span", {}, formatNumber(energyOf(field, levels[k]), 4)));
+  const ticks = [0, 5, 11, 16].map((k) => element("span", {}, formatNumber(energyOf(field, levels[k]), 4)));
   return element("div", { class: "ebt-colorbar" },
     element("i", { style: `background: linear-gradient(90deg, ${stops.join(", ")})` }), element("div", {}, ...ticks));
 }
