@@ -99,10 +99,11 @@ def lab_options(folders: LabFolders, keep_outputs: bool = False) -> list[str]:
 
 def lab_environment(environment: Mapping[str, str], runs_dir: Path) -> dict[str, str]:
     "Return the variables of the server: `environment`, the folder of runs, places of Jupyter's settings and kernel."
-    folders = {"JUPYTER_CONFIG_PATH": PACKAGE / "assets" / "lab", "JUPYTER_PATH": Path(sys.prefix, "share", "jupyter")}
+    ours = PACKAGE / "assets" / "lab"
+    folders = {"JUPYTER_CONFIG_PATH": [ours], "JUPYTER_PATH": [ours, Path(sys.prefix, "share", "jupyter")]}
     added = {RUNS_DIR_VARIABLE: str(runs_dir)}
-    for name, folder in folders.items():
-        added[name] = os.pathsep.join(filter(None, (str(folder), environment.get(name))))
+    for name, first in folders.items():
+        added[name] = os.pathsep.join([*map(str, first), *filter(None, [environment.get(name)])])
     return {**environment, **added}
 
 # %% ../../nbs/jobs/22_lab.ipynb #80938ee6
