@@ -90,7 +90,7 @@ def lab(args: argparse.Namespace) -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in args.rest:
         note = "ebt lab: JupyterLab does not start as root unless it is told to: `ebt lab --allow-root` passes this on"
         print(note, file=sys.stderr, flush=True)
-    options = lab_options(prepare_lab_folders(), args.keep_outputs)
+    options = lab_options(prepare_lab_folders(), args.rest, args.keep_outputs)
     environment = lab_environment(os.environ, Path(default_runs_dir()).expanduser().absolute())
     environment.pop(JOB_MARK, None)  # a session is not queued again by what is run in it
     os.execve(sys.executable, [sys.executable, "-P", "-m", "jupyterlab", *options, *args.rest], environment)
