@@ -97,11 +97,11 @@ def prediction_records(curves: PredictionCurves) -> list[dict[str, Any]]:
             tokens=steps.tokens,
             probabilities=to_plain(steps.probabilities, 3),
             target=steps.target,
-            targetProbabilities=to_plain(steps.target_probabilities, 3),
+            targetProbabilities=to_plain(steps.target_probabilities),
             chosen=int(curves.chosen_index[position]),
             landscapes=curves.landscapes,
         )
-        record.update({name: to_plain(values[:, position], 4) for name, values in lines.items()})
+        record.update({name: to_plain(values[:, position]) for name, values in lines.items()})
         records.append(record)
     return records
 
@@ -118,6 +118,7 @@ def model_row(
     )
     if not isinstance(module, EnergyLanguageModule):
         return row
+    row["select"] = module.config.inference.select
     trained, inference = model.module.descent, model.module.config.inference
     row["own"] = dict(
         steps=len(trained.draw_schedule()),
