@@ -1,5 +1,6 @@
 "The project as a whole: notebooks and package agree, the README is current, the package can be built and installed."
 
+import configparser
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import readme
+import yaml
 
 TOP = [
     "nbs",
@@ -112,6 +114,33 @@ def test_links_of_the_readme_exist(root):
     assert links and [link for link in links if not (root / link).exists()] == []
 
 
+def test_python_of_the_readme_runs(root, tmp_path, monkeypatch, capsys):
+    "All blocks, one after the other, as a reader would type them into one session."
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert float(re.search(r"([\d.]+) nats per token", capsys.readouterr().out)[1]) < 7.5  # a uniform guess: 7.62
+    assert (tmp_path / "my_model/model.safetensors").is_file() and len(blocks) == 4
+
+
+def test_pictures_of_the_readme_are_small_and_described(root):
+    pictures = re.findall(r"!\[([^\]]*)\]\((nbs/images/[^)]+)\)", (root / "README.md").read_text())
+    sizes = [(root / path).stat().st_size for _, path in pictures]
+    assert len(pictures) == 4 and sum(sizes) < 1_500_000 and all(len(words) > 40 for words, _ in pictures)
+
+
+def test_citation_file_names_this_version_and_the_paper(root):
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["cff-version"] == "1.2.0"
+    settings = configparser.ConfigParser()
+    settings.read(root / "settings.ini")
+    assert citation["version"] == settings["DEFAULT"]["version"] and citation["license"] == "Apache-2.0"
+    [paper] = citation["references"]
+    assert "2507.02092" in paper["url"] and len(paper["authors"]) == 10
+
+
 # Packaging
 
 
@@ -139,6 +168,7 @@ def test_builds(root, with_a_job):
     for folder, inside in [
         ("ebt_nb", "ebt_nb"),
         ("nbs/experiments", "ebt_nb/experiments"),
+        ("nbs/tutorials", "ebt_nb/notebooks/tutorials"),
         ("job_scripts/slurm_headers", "ebt_nb/slurm_headers"),
     ]:  # the wheel was built from the source archive, so this checks both
         expected = {
@@ -147,6 +177,7 @@ def test_builds(root, with_a_job):
             if p.is_file() and "__pycache__" not in p.parts
         }
         assert expected and {f"{inside}/{name}" for name in expected} <= files
+    assert "ebt_nb/notebooks/start_here.ipynb" in files
     assert {name.split("/")[0] for name in files} == {"ebt_nb", "ebt_workbench-0.1.0.dist-info"}
     assert any(name.endswith("LICENSE") for name in files)
     with tarfile.open(source) as archive:
@@ -188,6 +219,13 @@ def test_installed_without_a_checkout(with_a_job, tmp_path):
     assert f"exec {tmp_path}/fresh/bin/ebt run tiny" in call(
         tmp_path / "fresh/bin/ebt", "submit", "tiny", "--cluster", "local_cpu", "--dry-run", cwd=empty
     )
+    copy_notebooks = (
+        "from ebt_nb.jobs.lab import START_NOTEBOOK, prepare_lab_folders\n"
+        "print((prepare_lab_folders().notebooks / START_NOTEBOOK).read_text())"
+    )
+    start_here = call(python, "-c", copy_notebooks, cwd=empty)
+    linked = re.findall(r"\]\(([\w./-]+\.ipynb)\)", start_here)
+    assert linked and all((empty / "ebt_notebooks" / name).is_file() for name in linked), linked
     list_tokenizers = (
         "from importlib.resources import files\n"
         "print(*sorted(path.name for path in (files('ebt_nb') / 'assets/tokenizers').iterdir()))"
