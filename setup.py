@@ -13,19 +13,22 @@ settings = parser["DEFAULT"]
 package = settings["lib_path"]
 
 
-class BuildWithExperiments(build_py):
-    "Put experiment notebooks and cluster headers into the wheel: `ebt run` and `ebt submit` work without a checkout."
+class BuildWithNotebooks(build_py):
+    "Put notebooks and cluster headers into the wheel: `ebt run`, `ebt submit` and `ebt lab` work without a checkout."
 
     def run(self):
         "Build the package, then copy the files."
         super().run()
         if self.editable_mode:
             return
-        for folder, pattern in [
-            (Path(settings["nbs_path"], "experiments"), "*.ipynb"),
-            (Path("job_scripts", "slurm_headers"), "*.slurm"),
+        notebooks = Path(settings["nbs_path"])
+        for folder, pattern, target in [
+            (notebooks / "experiments", "*.ipynb", "experiments"),
+            (notebooks, "start_here.ipynb", "notebooks"),
+            (notebooks / "tutorials", "*.ipynb", "notebooks/tutorials"),
+            (Path("job_scripts", "slurm_headers"), "*.slurm", "slurm_headers"),
         ]:
-            target = Path(self.build_lib, package, folder.name)
+            target = Path(self.build_lib, package, target)
             target.mkdir(parents=True, exist_ok=True)
             for file in sorted(folder.glob(pattern)):
                 shutil.copyfile(file, target / file.name)
@@ -51,6 +54,6 @@ setup(
         if key.endswith("_requirements")
     },
     entry_points={"console_scripts": settings["console_scripts"].split()},
-    cmdclass={"build_py": BuildWithExperiments},
+    cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
 )

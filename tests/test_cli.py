@@ -349,7 +349,7 @@ def test_train_list_and_resume(tmp_path, forker):
 # JupyterLab
 
 
-def test_lab_serves_the_notebooks(tmp_path):
+def test_lab_serves_the_checkout_with_settings_of_its_own(tmp_path):
     environment = os.environ | dict(
         JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime"), JUPYTER_CONFIG_DIR=str(tmp_path / "config")
     )
@@ -376,6 +376,8 @@ def test_lab_serves_the_notebooks(tmp_path):
                 )
 
             assert "kernels" in get("api/status")
-            assert "index.ipynb" in [entry["name"] for entry in get("api/contents")["content"]]
+            assert {"README.md", "nbs"} <= {entry["name"] for entry in get("api/contents")["content"]}
+            notification = "lab/api/settings/@jupyterlab/apputils-extension:notification"
+            assert get(notification)["schema"]["properties"]["fetchNews"]["default"] == "false"
         finally:
             server.terminate()

@@ -139,6 +139,7 @@ def test_builds(root, with_a_job):
     for folder, inside in [
         ("ebt_nb", "ebt_nb"),
         ("nbs/experiments", "ebt_nb/experiments"),
+        ("nbs/tutorials", "ebt_nb/notebooks/tutorials"),
         ("job_scripts/slurm_headers", "ebt_nb/slurm_headers"),
     ]:  # the wheel was built from the source archive, so this checks both
         expected = {
@@ -147,6 +148,7 @@ def test_builds(root, with_a_job):
             if p.is_file() and "__pycache__" not in p.parts
         }
         assert expected and {f"{inside}/{name}" for name in expected} <= files
+    assert "ebt_nb/notebooks/start_here.ipynb" in files
     assert {name.split("/")[0] for name in files} == {"ebt_nb", "ebt_workbench-0.1.0.dist-info"}
     assert any(name.endswith("LICENSE") for name in files)
     with tarfile.open(source) as archive:
@@ -188,6 +190,13 @@ def test_installed_without_a_checkout(with_a_job, tmp_path):
     assert f"exec {tmp_path}/fresh/bin/ebt run tiny" in call(
         tmp_path / "fresh/bin/ebt", "submit", "tiny", "--cluster", "local_cpu", "--dry-run", cwd=empty
     )
+    copy_notebooks = (
+        "from ebt_nb.jobs.lab import START_NOTEBOOK, prepare_lab_folders\n"
+        "print((prepare_lab_folders().notebooks / START_NOTEBOOK).read_text())"
+    )
+    start_here = call(python, "-c", copy_notebooks, cwd=empty)
+    linked = re.findall(r"\]\(([\w./-]+\.ipynb)\)", start_here)
+    assert linked and all((empty / "ebt_notebooks" / name).is_file() for name in linked), linked
     list_tokenizers = (
         "from importlib.resources import files\n"
         "print(*sorted(path.name for path in (files('ebt_nb') / 'assets/tokenizers').iterdir()))"

@@ -5,6 +5,8 @@ import re
 
 import structure
 
+from ebt_nb.jobs.lab import WIDGET_VIEW
+
 
 def test_imports_go_down_and_not_in_circles():
     found = structure.measure()
@@ -73,3 +75,13 @@ def test_notebooks_and_modules_that_are_mentioned_exist():
         named = set(re.findall(rf"\bebt_nb\.((?:{rooms})\.[a-z]\w+)", text))
         missing += [f"{path.name}: ebt_nb.{name}" for name in named - modules]
     assert not missing
+
+
+def test_committed_outputs_need_no_kernel():
+    "A live widget in a committed output would hide what it shows without a kernel (`jobs/22_lab`)."
+    live = []
+    for path in sorted((structure.ROOT / "nbs").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if any(WIDGET_VIEW in output.get("data", {}) for output in cell.get("outputs", ())):
+                live.append(f"{path.name}: {cell['id']}")
+    assert not live, f"save them in `ebt lab --keep-outputs`: {live}"

@@ -77,8 +77,8 @@ def keep_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
     argument(
         "--keep-outputs",
         action="store_true",
-        help="save notebooks of the checkout with the outputs of their last run, to renew figures; otherwise one that was "
-        "only run is saved as it was committed",
+        help="save notebooks of the checkout with the outputs of their last run, to renew figures; otherwise one that "
+        "was only run is saved with the committed outputs",
     ),
     parse_rest=keep_rest,
 )

@@ -39,12 +39,15 @@ function formatNumber(value, digits = 3) {
 
 // ---- controls: native elements, so that keyboard and screen readers work ----
 
+// JupyterLab takes arrow keys and letters for commands of the notebook, unless an element is marked.
+const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
 // A labelled range input. `options`: min, max, step, value, format. Returns { node, value, set(value, silent) }.
 function slider(label, options, onInput) {
   const format = options.format || ((value) => formatNumber(value));
   const output = element("output", { class: "ebt-value" });
   const input = element("input", {
-    type: "range", min: options.min, max: options.max, step: options.step || 1, "aria-label": label,
+    type: "range", min: options.min, max: options.max, step: options.step || 1, "aria-label": label, ...OWN_KEYS,
   });
   input.value = options.value ?? options.min;
   const show = () => {
@@ -69,7 +72,7 @@ function slider(label, options, onInput) {
 // A labelled list of choices: `options` are [value, text] pairs or plain texts.
 function choice(label, options, value, onChange) {
   const pairs = options.map((option) => (Array.isArray(option) ? option : [option, option]));
-  const select = element("select", { "aria-label": label, onchange: () => onChange(select.value) });
+  const select = element("select", { "aria-label": label, onchange: () => onChange(select.value), ...OWN_KEYS });
   for (const [key, text] of pairs) select.append(element("option", { value: key }, String(text)));
   select.value = value;
   return {
@@ -81,14 +84,15 @@ function choice(label, options, value, onChange) {
 }
 
 function button(label, onClick, attributes = {}) {
-  return element("button", { type: "button", class: "ebt-button", onclick: onClick, ...attributes }, label);
+  const own = { type: "button", class: "ebt-button", onclick: onClick, ...OWN_KEYS };
+  return element("button", { ...own, ...attributes }, label);
 }
 
 function textBox(label, value, onEnter) {
-  const input = element("input", { type: "text", "aria-label": label, class: "ebt-text" });
+  const input = element("input", { type: "text", "aria-label": label, class: "ebt-text", ...OWN_KEYS });
   input.value = value;
   input.addEventListener("keydown", (event) => {
-    event.stopPropagation(); // JupyterLab would take letters as commands
+    event.stopPropagation();
     if (event.key === "Enter") onEnter(input.value);
   });
   return { node: element("label", { class: "ebt-control" }, element("span", {}, label), input), input,
@@ -184,7 +188,7 @@ function lineChart(series, options = {}) {
     "aria-label": chartText(series, title),
   });
   if (title) svg.append(shape("text", { x: margin.left, y: 15, class: "ebt-title" }, title));
-  for (const tick of niceTicks(yLow, yHigh)) {
+  for (const tick of niceTicks(yLow, yHigh, 5)) {
     svg.append(
       shape("line", { x1: margin.left, x2: width - margin.right, y1: yAt(tick), y2: yAt(tick), class: "ebt-grid" }),
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
@@ -251,40 +255,6 @@ function barChart(rows, most = 1, title = "") {
   return list;
 }
 
-// ---- fields ----
-
-// The contour of a field at a level, by marching squares: segments [x1, y1, x2, y2] in units of columns and rows.
-// Squares with a corner that is null are left out.
-function contourSegments(rows, level) {
-  const segments = [];
-  for (let j = 0; j + 1 < rows.length; j += 1) {
-    for (let i = 0; i + 1 < rows[j].length; i += 1) {
-      const corners = [rows[j][i], rows[j][i + 1], rows[j + 1][i + 1], rows[j + 1][i]];
-      if (corners.includes(null)) continue;
-      const points = squareCrossings(corners, level).map(([x, y]) => [i + x, j + y]);
-      for (let k = 0; k + 1 < points.length; k += 2) segments.push([...points[k], ...points[k + 1]]);
-    }
-  }
-  return segments;
-}
-
-// Where a level crosses the sides of a unit square, whose corners run counterclockwise from (0, 0). Of four crossings
-// those next to each other are joined so that the middle, the mean of the corners, is on the right side.
-function squareCrossings(corners, level) {
-  const places = [[0, 0], [1, 0], [1, 1], [0, 1]];
-  const crossings = [];
-  for (let side = 0; side < 4; side += 1) {
-    const [a, b] = [corners[side], corners[(side + 1) % 4]];
-    if (a < level === b < level) continue;
-    const share = (level - a) / (b - a);
-    const [from, to] = [places[side], places[(side + 1) % 4]];
-    crossings.push([from[0] + share * (to[0] - from[0]), from[1] + share * (to[1] - from[1])]);
-  }
-  const mean = (corners[0] + corners[1] + corners[2] + corners[3]) / 4;
-  if (crossings.length === 4 && mean < level !== corners[0] < level) crossings.push(crossings.shift());
-  return crossings;
-}
-
 // ---- the exchange with the kernel ----
 
 // Returns ask(request): sends it when the last one has been answered; of those that come meanwhile the newest is sent.
@@ -333,4 +303,31 @@ function staticModel(values) {
     off: () => {},
     save_changes: () => {},
   };
+}
+
+// ---- settings of a request, and pictures ----
+
+const IMAGE_SIDE = 168; // pixels of a large picture on the page
+
+// One control for each setting; every change asks the kernel for all of them.
+function settingControls(frame, ask) {
+  const settings = { ...frame.settings };
+  const change = (name, value) => {
+    settings[name] = value;
+    ask({ ...settings });
+  };
+  return frame.controls.map(({ name, label, ...options }) => {
+    if (options.text) return textBox(label, settings[name], (value) => change(name, value)).node;
+    return slider(label, { ...options, value: settings[name] }, (value) => change(name, value)).node;
+  });
+}
+
+function settingsText(frame) {
+  return frame.controls.map(({ name, label }) => `${label}: ${frame.settings[name]}`).join(", ");
+}
+
+function picture(source, caption, side = IMAGE_SIDE) {
+  const style = `width: ${side}px; height: ${side}px; image-rendering: pixelated; display: block`;
+  return element("figure", { style: "margin: 0" }, element("img", { src: source, alt: caption, style }),
+    element("figcaption", { style: `max-width: ${side}px` }, caption));
 }

@@ -1,7 +1,5 @@
 // The landscape explorer: contour panels with paths, a surface, what is known of a point, and the controls.
 
-const LEVELS = 1e6; // of an energy between the lowest and the highest of its field
-const NUM_CONTOURS = 16;
 const PANEL = { size: 236, left: 46, top: 22, bottom: 40, right: 8 };
 const PATH_COLOR = "#ffffff";
 const SAMPLE_COLOR = "#56B4E9";
@@ -11,70 +9,7 @@ const PLANES = [
   ["gradient", "downhill, largest curvature"], ["random", "two random directions"],
 ];
 
-// ---- fields ----
-
-function energyOf(field, value) {
-  return value === null ? null : field.low + ((field.high - field.low) * value) / LEVELS;
-}
-
-// Values at equal shares of a field's points, so that a flat valley has as many contours as a steep wall.
-function quantiles(field, count) {
-  const sorted = field.rows.flat().filter((value) => value !== null).sort((a, b) => a - b);
-  const levels = [];
-  for (let k = 0; k <= count; k += 1) levels.push(sorted[Math.round((k / count) * (sorted.length - 1))]);
-  return levels;
-}
-
-// The share of points that are lower than a value, interpolated between quantiles.
-function rankOf(levels, value) {
-  const last = levels.length - 1;
-  let k = 0;
-  while (k < last - 1 && value > levels[k + 1]) k += 1;
-  const width = levels[k + 1] - levels[k];
-  return (k + (width > 0 ? Math.min(Math.max((value - levels[k]) / width, 0), 1) : 0)) / last;
-}
-
-function lowestPoint(field, plane) {
-  let best = [Infinity, 0, 0];
-  field.rows.forEach((row, j) => row.forEach((value, i) => {
-    if (value !== null && value < best[0]) best = [value, i, j];
-  }));
-  const last = field.rows.length - 1;
-  return [1, 2].map((k) => mix(k === 1 ? plane.x : plane.y, best[k] / last));
-}
-
-function mix([low, high], share) {
-  return low + (high - low) * share;
-}
-
-// The value of a field at a point of the plane, interpolated; null outside.
-function valueAt(field, plane, [x, y]) {
-  const last = field.rows.length - 1;
-  const column = ((x - plane.x[0]) / (plane.x[1] - plane.x[0])) * last;
-  const row = ((y - plane.y[0]) / (plane.y[1] - plane.y[0])) * last;
-  if (!(column >= 0 && column <= last && row >= 0 && row <= last)) return null;
-  const [i, j] = [Math.min(Math.floor(column), last - 1), Math.min(Math.floor(row), last - 1)];
-  const corners = [field.rows[j][i], field.rows[j][i + 1], field.rows[j + 1][i], field.rows[j + 1][i + 1]];
-  if (corners.includes(null)) return null;
-  const [lower, upper] = [mix(corners.slice(0, 2), column - i), mix(corners.slice(2), column - i)];
-  return mix([lower, upper], row - j);
-}
-
 // ---- a contour panel ----
-
-function heatImage(field, levels) {
-  const size = field.rows.length;
-  const canvas = element("canvas", { width: size, height: size });
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(size, size);
-  field.rows.forEach((row, j) => row.forEach((value, i) => {
-    const at = 4 * ((size - 1 - j) * size + i);
-    const color = value === null ? [128, 128, 128] : mixColors(CIVIDIS, rankOf(levels, value));
-    image.data.set([...color, 255], at);
-  }));
-  context.putImageData(image, 0, 0);
-  return canvas.toDataURL();
-}
 
 // Functions from coordinates in the plane to places on the panel.
 function panelScale(plane) {
@@ -92,7 +27,7 @@ function drawPanel(view, number) {
   const levels = quantiles(field, NUM_CONTOURS);
   const [width, height] = [left + size + right, top + size + bottom];
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "ebt-chart ebt-panel",
-    tabindex: 0, role: "group", "aria-label": panelText(view, number) });
+    tabindex: 0, role: "group", "aria-label": panelText(view, number), ...OWN_KEYS });
   const cell = size / (field.rows.length - 1);
   const clip = `clip-${Math.random().toString(36).slice(2)}`;
   const inside = shape("g", { "clip-path": `url(#${clip})` },
@@ -107,12 +42,6 @@ function drawPanel(view, number) {
   svg.addEventListener("keydown", (event) => view.moveCross(event));
   svg.addEventListener("pointerdown", (event) => view.dragCross(event, svg));
   return svg;
-}
-
-function contourPath(field, levels) {
-  const inner = [...new Set(levels.slice(1, -1))];
-  return inner.flatMap((level) => contourSegments(field.rows, level)).map(
-    ([x1, y1, x2, y2]) => `M${x1.toFixed(2)} ${y1.toFixed(2)}L${x2.toFixed(2)} ${y2.toFixed(2)}`).join("");
 }
 
 function drawAxes(svg, plane, title) {
@@ -197,114 +126,6 @@ function panelText(view, number) {
   return `Contours of the energy, ${panelTitle(view, number)}. Arrow keys move a cross, Enter lets it descend.`;
 }
 
-function colorBar(field, levels) {
-  const stops = CIVIDIS.map((color, k) => `${color} ${((100 * k) / (CIVIDIS.length - 1)).toFixed(0)}%`);
-  const ticks = [0, 4, 8, 12, 16].map((k) => element("span", {}, formatNumber(energyOf(field, levels[k]), 4)));
-  return element("div", { class: "ebt-colorbar" },
-    element("i", { style: `background: linear-gradient(90deg, ${stops.join(", ")})` }), element("div", {}, ...ticks));
-}
-
-// ---- the surface ----
-
-const SURFACE = { width: 380, height: 330, tilt: 0.55, cells: 40 };
-
-// Corners of the mesh: columns and rows from -1 to 1, height from 0 to 1, and their place on the page.
-function surfaceMesh(field, angle) {
-  const size = field.rows.length;
-  const every = Math.max(1, Math.ceil((size - 1) / SURFACE.cells));
-  const indices = [];
-  for (let k = 0; k < size; k += every) indices.push(k);
-  return indices.map((j) => indices.map((i) => {
-    const value = field.rows[j][i];
-    const position = [(2 * i) / (size - 1) - 1, (2 * j) / (size - 1) - 1, value === null ? null : value / LEVELS];
-    return { value, position, place: value === null ? null : project(position, angle) };
-  }));
-}
-
-// Turn by an angle about the vertical axis, tilt towards the reader: x, y on the page and the depth.
-function project([x, y, z], angle) {
-  const [cos, sin] = [Math.cos(angle), Math.sin(angle)];
-  const across = x * cos - y * sin;
-  const away = x * sin + y * cos;
-  const [tiltCos, tiltSin] = [Math.cos(SURFACE.tilt), Math.sin(SURFACE.tilt)];
-  return [SURFACE.width / 2 + 128 * across, SURFACE.height - 105 - 128 * away * tiltSin - 165 * (z - 0.2) * tiltCos,
-    away];
-}
-
-function drawSurface(canvas, view, number) {
-  const { plane } = view;
-  const field = plane.fields[number];
-  const ratio = window.devicePixelRatio || 1;
-  [canvas.width, canvas.height] = [SURFACE.width * ratio, SURFACE.height * ratio];
-  const context = canvas.getContext("2d");
-  context.scale(ratio, ratio);
-  const levels = quantiles(field, NUM_CONTOURS);
-  const mesh = surfaceMesh(field, view.angle);
-  const faces = [];
-  for (let j = 0; j + 1 < mesh.length; j += 1) {
-    for (let i = 0; i + 1 < mesh.length; i += 1) {
-      const corners = [mesh[j][i], mesh[j][i + 1], mesh[j + 1][i + 1], mesh[j + 1][i]];
-      if (corners.every((corner) => corner.place)) faces.push(corners);
-    }
-  }
-  const depth = (corners) => corners[0].place[2] + corners[2].place[2];
-  faces.sort((a, b) => depth(b) - depth(a));
-  for (const corners of faces) drawFace(context, corners, levels);
-  plane.paths.forEach((points, index) => {
-    if (index !== view.pathIndex) drawSurfacePath(context, view, field, points, index);
-  });
-  drawSurfacePath(context, view, field, plane.paths[view.pathIndex] || plane.paths[0], view.pathIndex);
-}
-
-function drawFace(context, corners, levels) {
-  const [a, b, c, d] = corners.map((corner) => corner.position);
-  const slopeX = (b[2] + c[2] - a[2] - d[2]) / (b[0] - a[0]);
-  const slopeY = (c[2] + d[2] - a[2] - b[2]) / (d[1] - a[1]);
-  const light = (0.35 * slopeX - 0.45 * slopeY + 1.6) / Math.hypot(slopeX, slopeY, 2) / 0.92;
-  const mean = corners.reduce((sum, corner) => sum + corner.value, 0) / 4;
-  const color = mixColors(CIVIDIS, rankOf(levels, mean)).map((value) =>
-    Math.round(Math.min(255, value * (0.45 + 0.65 * Math.max(0, light)))));
-  context.beginPath();
-  corners.forEach(({ place }, k) => (k ? context.lineTo(place[0], place[1]) : context.moveTo(place[0], place[1])));
-  context.closePath();
-  context.fillStyle = context.strokeStyle = cssColor(color);
-  context.lineWidth = 0.6;
-  context.fill();
-  context.stroke();
-}
-
-function drawSurfacePath(context, view, field, points, index) {
-  const { plane } = view;
-  const share = ([low, high], value) => (2 * (value - low)) / (high - low) - 1;
-  const dense = points.slice(1).flatMap(([x, y], k) => [...Array(16).keys()].map((n) =>
-    [mix([points[k][0], x], n / 16), mix([points[k][1], y], n / 16)])).concat(points.slice(-1));
-  const place = (point) => {
-    const value = valueAt(field, plane, point);
-    return value === null ? null : project([share(plane.x, point[0]), share(plane.y, point[1]), value / LEVELS],
-      view.angle);
-  };
-  const line = dense.map(place).filter((one) => one);
-  for (const [color, width] of [["#000", 4], [view.colorOf(index), 2.2]]) {
-    context.beginPath();
-    line.forEach(([x, y], k) => (k ? context.lineTo(x, y) : context.moveTo(x, y)));
-    [context.strokeStyle, context.lineWidth] = [color, width];
-    context.stroke();
-  }
-  points.forEach((point, k) => {
-    const at = place(point);
-    const chosen = index === view.pathIndex && k === view.step;
-    if (at) drawDot(context, at, chosen ? 6 : 3.5, chosen ? "#D55E00" : view.colorOf(index));
-  });
-}
-
-function drawDot(context, [x, y], radius, color) {
-  context.beginPath();
-  context.arc(x, y, radius, 0, 2 * Math.PI);
-  [context.fillStyle, context.strokeStyle, context.lineWidth] = [color, "#000", 1];
-  context.fill();
-  context.stroke();
-}
-
 // ---- what is known of a point ----
 
 function pointFacts(view) {
@@ -319,11 +140,11 @@ function pointFacts(view) {
   const head = element("tr", {}, ...["", "energy", "gradient norm"].map((text) => element("th", {}, text)));
   const target = frame.target === null ? "" : `; the text goes on with ${frame.target}`;
   return element("div", { class: "ebt-facts" },
-    element("h4", {}, `${path.name}, ${step ? `after move ${step}` : "the start"}`),
+    element("h4", {}, `${path.name}, ${step ? `after step ${step}` : "the start"}`),
     barChart(rows, 1, "likeliest tokens"),
     element("p", { class: "ebt-note" }, `entropy ${formatNumber(path.entropies[step])} nats${target}`),
     element("table", {}, head, ...facts),
-    lineChart(series, { title: "Energy along the path", xLabel: "moves made", marker: step, height: 160 }),
+    lineChart(series, { title: "Energy along the path", xLabel: "step", marker: step, height: 160 }),
     legend(series));
 }
 
@@ -359,13 +180,21 @@ class LandscapePage {
     return visited.indexOf(schedule[Math.min(this.step, schedule.length - 1)]);
   }
 
+  // The paths of this plane, the chosen one last.
+  get lines() {
+    const lines = this.plane.paths.map((points, index) => ({ points, color: this.colorOf(index) }));
+    const [own] = lines.splice(Math.min(this.pathIndex, lines.length - 1), 1);
+    return [...lines, { ...own, chosen: this.step }];
+  }
+
   colorOf(index) {
     if (index >= this.frame.settings.samples) return WALK_COLOR;
     return index ? SAMPLE_COLOR : PATH_COLOR;
   }
 
   moveCross(event) {
-    const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] || [0, 0];
+    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+    const [dx, dy] = moves[event.key] || [0, 0];
     if (event.key === "Enter" && this.cross) this.descend(false);
     else if (!dx && !dy) return;
     else {
@@ -380,8 +209,8 @@ class LandscapePage {
   }
 
   dragCross(event, svg) {
+    const box = svg.getBoundingClientRect(); // of the time when it was drawn
     const follow = (move, replace) => {
-      const box = svg.getBoundingClientRect();
       const unit = svg.viewBox.baseVal.width / box.width;
       const [px, py] = [(move.clientX - box.left) * unit, (move.clientY - box.top) * unit];
       const { x, y } = this.plane;
@@ -412,7 +241,7 @@ function frameControls(page) {
   const { frame } = page;
   const update = (change) => (value) => { Object.assign(page, change(value)); page.redraw({}); };
   const controls = {};
-  controls.step = slider("move", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
+  controls.step = slider("step", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
   controls.play = playButton(controls.step, 900);
   controls.path = choice("candidate", [["0", "…"]], "0", update((index) => ({ pathIndex: Number(index) })));
   controls.shown = choice("landscapes", [["all", "side by side"],
@@ -433,13 +262,14 @@ function kernelControls(page) {
     format: (value) => `× ${formatNumber(2 ** value)}` }, change("range", (value) => 2 ** value));
   controls.resolution = slider("resolution", { min: 11, max: 81, step: 10, value: settings.resolution },
     change("resolution"));
-  controls.steps = slider("steps", { min: 1, max: 16, value: page.frame.schedule.length }, change("steps"));
+  controls.steps = slider("number of steps", { min: 1, max: 16, value: page.frame.schedule.length }, change("steps"));
   controls.samples = slider("samples", { min: 1, max: 8, value: settings.samples }, change("samples"));
   controls.noise = slider("noise", { min: 0, max: 1, step: 0.02, value: settings.noise || 0 }, change("noise"));
   controls.point = slider("through point", { min: 0, max: page.frame.schedule.length, value: settings.point },
     change("point"));
   controls.tokenA = textBox("token A", settings.token_a, change("token_a"));
   controls.tokenB = textBox("token B", settings.token_b, change("token_b"));
+  [controls.tokenA, controls.tokenB].forEach((box) => box.input.classList.add("ebt-short"));
   controls.another = button("other directions", () => page.ask({ settings: { seed: page.frame.settings.seed + 1 } }));
   controls.clear = button("clear walks", () => page.ask({ clear: true }));
   return controls;
@@ -528,7 +358,7 @@ function draw(page, parts, { keepFocus = false }) {
   parts.panels.replaceChildren(...shown.map((number) => element("div", {}, drawPanel(page, number),
     colorBar(plane.fields[number], quantiles(plane.fields[number], NUM_CONTOURS)))));
   if (focused >= 0) parts.panels.querySelectorAll("svg")[focused].focus();
-  drawSurface(parts.surface, page, page.number);
+  drawSurface(parts.surface, plane.fields[page.number], plane, page.lines, page.angle);
   parts.surface.setAttribute("aria-label", `Surface of the energy, ${panelTitle(page, page.number)}`);
   parts.facts.replaceChildren(pointFacts(page));
   parts.title.textContent = `${frame.title}. Candidates for the token that follows the marked one:`;

@@ -1,0 +1,109 @@
+"""JupyterLab as a person uses it, in a headless Chromium: Lab opens on `start_here`, which runs and is saved.
+
+`lab` and `page` are for further tests of views: `open_notebook(page, lab, path)`, `run_all(page)`, `wait_idle(page)`.
+A page that a test failed on is kept as a picture in the test's folder of pytest.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from browser import (
+    CHROMIUM,
+    LIMIT,
+    NOTEBOOK,
+    clone_working_tree,
+    git,
+    open_browser,
+    open_notebook,
+    run_all,
+    save,
+    serve_lab,
+)
+
+MISSING = [
+    name
+    for name, is_there in {
+        "Chromium": CHROMIUM,
+        "playwright (the extra browser)": importlib.util.find_spec("playwright"),
+        "git": shutil.which("git"),
+    }.items()
+    if not is_there
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+@pytest.fixture(scope="module")
+def lab(root, tmp_path_factory):
+    "JupyterLab on a copy of the checkout, which is a git repository of its own."
+    scratch = tmp_path_factory.mktemp("lab")
+    checkout = clone_working_tree(root, scratch / "checkout")
+    environment = os.environ | {"PYTHONPATH": str(checkout), "IN_TEST": "1", "OMP_NUM_THREADS": "2"}
+    with serve_lab([str(Path(sys.prefix, "bin/ebt")), "lab"], checkout, scratch, environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(browser, request, tmp_path):
+    "A new page; its picture is kept when the test fails."
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(1000 * LIMIT)
+    failed_before = request.session.testsfailed
+    yield page
+    if request.session.testsfailed > failed_before:
+        page.screenshot(path=tmp_path / "failed.png")
+        print(f"the page when the test failed: {tmp_path}/failed.png")
+    page.close()
+
+
+def test_lab_opens_start_here(lab, page):
+    open_notebook(page, lab)
+    assert page.locator(".lm-TabBar-tab.lm-mod-current", has_text="start_here.ipynb").count() == 1
+    assert page.locator(".jp-FileBrowser .jp-BreadCrumbs").text_content().replace(" ", "").endswith("/nbs/")
+    assert page.locator(".jp-Dialog").count() == 0  # no kernel has to be chosen
+    assert page.locator(".jp-toastContainer .jp-Notification-Toast, .Toastify__toast").count() == 0  # no news
+    assert page.locator(f"{NOTEBOOK} .jp-CodeCell .cm-lineWrapping").count() > 0
+    titles = page.locator(f"{NOTEBOOK} .jp-MarkdownCell h1, {NOTEBOOK} .jp-MarkdownCell h2").all_text_contents()
+    assert [title.rstrip("¶") for title in titles][:3] == ["Start here", "The idea in three sentences", "A landscape"]
+
+
+def test_start_here_runs_and_leaves_the_checkout_clean(lab, page):
+    open_notebook(page, lab, "nbs/start_here.ipynb")
+    run_all(page)
+    trained, explored = page.locator(f"{NOTEBOOK} .ebt-view").all()[1:3]
+    assert "first" in trained.text_content() and "She" in explored.text_content()
+    walk_in_landscape(page.locator(f"{NOTEBOOK} .ebt-view").first)
+    for _ in range(2):  # Lab does not take its own file for one that was changed by another program
+        save(page)
+    assert git(lab.root, "status", "--short") == ""
+    assert len(list((lab.root / "runs/first").iterdir())) == 1
+
+
+def walk_in_landscape(view):
+    "Move the slider of an explorer with the keyboard, then let a candidate descend from a point that is clicked."
+    slider, panel = view.get_by_role("slider", name="move"), view.locator("svg").first
+    slider.press("Home")
+    start = panel.inner_html()
+    slider.press("ArrowRight")
+    assert panel.inner_html() != start
+    assert "start" in panel.get_attribute("aria-label") or panel.get_attribute("aria-label")
+    candidates = view.get_by_label("candidate").locator("option")
+    panel.click(position={"x": 120, "y": 120})
+    candidates.filter(has_text="walk 1").wait_for(state="attached")
+
+
+def test_pictures_have_a_text_alternative(lab, page):
+    open_notebook(page, lab, "nbs/start_here.ipynb")
+    images = page.locator(f"{NOTEBOOK} .jp-OutputArea-output img")
+    images.first.wait_for()
+    assert "energy falls" in images.first.get_attribute("alt")
+    assert page.locator(f"{NOTEBOOK} .ebt-view").first.text_content().startswith("Energy of candidates")
