@@ -5,8 +5,8 @@
 
 const POLL_MS = 2000;
 const STATE_MARKS = { running: "▶", done: "✓", failed: "✗", killed: "✗", interrupted: "❚❚", queued: "…" };
-const TITLES = ["draw", "run", "status", "model", "step", "train loss", "val loss", "lowest", "speed", "started",
-  "last change", "actions"];
+const TITLES = ["draw", "run", "status", "actions", "step", "train loss", "val loss", "lowest", "speed", "last change",
+  "started", "model"];
 
 function formatAge(seconds) {
   if (!(seconds >= 0)) return "–";
@@ -93,7 +93,9 @@ function newRow(board, run) {
   const cells = Array.from({ length: 9 }, () => element("td"));
   const actions = element("div", { class: "ebt-actions" });
   const draw = element("td", {}, element("span", { class: "ebt-draw" }, box, line));
-  const node = element("tr", {}, draw, element("th", { scope: "row" }, run), ...cells, element("td", {}, actions));
+  const [status, ...others] = cells;
+  const name = element("th", { scope: "row" }, run);
+  const node = element("tr", {}, draw, name, status, element("td", {}, actions), ...others);
   return { node, box, line, cells, actions, shown: "" };
 }
 
@@ -103,14 +105,14 @@ function fillRow(board, entry, row) {
   const speed = row.speed === null ? "–" : `${Math.round(row.speed).toLocaleString("en")} ${row.unit}/s`;
   const texts = [
     `${state}${row.job ? ` (job ${row.job})` : ""}`,
-    row.model,
     `${row.step ?? 0} of ${row.max_steps}`,
     formatLoss(row.train_loss),
     formatLoss(row.val_loss),
     formatLoss(row.lowest_val_loss),
     speed,
-    formatAge(board.now - Date.parse(row.started) / 1000),
     formatAge(board.now - row.changed),
+    formatAge(board.now - Date.parse(row.started) / 1000),
+    row.model,
   ];
   texts.forEach((text, i) => setText(entry.cells[i], text));
   entry.cells[0].title = row.error || "";
