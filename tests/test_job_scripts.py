@@ -188,6 +188,11 @@ def test_scripts_that_sbatch_starts_mark_their_job(root):
         assert "= slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; " in line, path
 
 
+def test_docs(checkout):
+    done = checkout("docs", "--output", "elsewhere")
+    assert (done.returncode, done.stdout) == (0, "docs|--check|--output|elsewhere|\n")
+
+
 def test_benchmarks(checkout, tmp_path):
     "Each benchmark is measured on its split, and one that cannot be measured does not stop the others."
     chosen = ("lambada", "gsm8k", "arc_easy_letters")

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .landscape import check_index, escape_dollars
-from ..runs.figures import create_figure
 from ebt_nb.analysis.traces import (
     Decode,
     PredictionSteps,
@@ -25,6 +24,7 @@ from ebt_nb.analysis.traces import (
     token_nll,
 )
 from ..config.data import IGNORE_INDEX
+from ..runs.figures import create_figure
 from ..thinking.descent import Energy
 from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace

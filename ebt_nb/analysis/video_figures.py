@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FrameTable', 'frame_errors', 'measure_thinking', 'measure_frames', 'frame_facts', 'Contrast', 'contrast_frames',
-           'plot_contrasts', 'plot_clip', 'draw_strip', 'draw_values', 'mark_facts']
+           'plot_contrasts', 'plot_clip', 'draw_strip', 'draw_values', 'mark_facts', 'ClipRollout', 'roll_out_clip']
 
 # %% ../../nbs/analysis/07_video_figures.ipynb #84a66538
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ from ..config.kinds import VideoConfig
 from ..data.moving_images import MovingImageClip
 from ..data.video_loaders import VideoDataModule
 from ..inference.next_token import freeze_for_inference
+from ..inference.rollout import frames_to_images, rollout
 from ..inference.rollout_metrics import select_held_out_clips
 from ..inference.token_metrics import auroc
+from ..models.image_encoders import ImageEncoder
 from ..runs.figures import COLORS, create_figure
 from ..thinking.verify import evaluate_energy, final_energy
 from ..training.base import Batch
@@ -248,3 +250,46 @@ def mark_facts(axis: Axes, facts: dict[str, Float[Tensor, "seq"]]) -> None:
         if bounced:
             axis.axvline(number, color=COLORS[3], ls=":", lw=1.2, zorder=0, **met)
             met = {}
+
+# %% ../../nbs/analysis/07_video_figures.ipynb #52b0ed37
+@dataclass(frozen=True)
+class ClipRollout:
+    """A roll-out of one clip beside the truth; all but the frames is of generated frames only.
+
+    Attributes:
+        truth: all frames of the clip as pixels, or as latents that cannot be decoded.
+        frames: the observed frames, then the generated ones, as `truth` is.
+        num_observed: how many frames were observed.
+        errors: the distance that `objective.loss` names.
+        copy_errors: that of the last observed frame.
+        energies: of an energy model, the final ones.
+        relative_energies: the same minus those of the starts.
+    """
+
+    truth: Float[Tensor, "frames channels rows columns"]
+    frames: Float[Tensor, "frames channels rows columns"]
+    num_observed: int
+    errors: Float[Tensor, "generated"]
+    copy_errors: Float[Tensor, "generated"]
+    energies: Float[Tensor, "generated"] | None = None
+    relative_energies: Float[Tensor, "generated"] | None = None
+
+
+@torch.no_grad()
+def roll_out_clip(
+    module: VideoModule,
+    frames: Float[Tensor, "frames numbers"],
+    num_observed: int,
+    index: int = 0,
+    decoder: ImageEncoder | None = None,
+) -> ClipRollout:
+    """Return the roll-out of one clip after its first `num_observed` frames, as long as the clip.
+
+    `index` is its row number, which names its random numbers. Raises RolloutError if nothing is observed or generated.
+    """
+    observed, truth = frames[None, :num_observed], frames[None, num_observed:]
+    found = rollout(module, observed, truth.shape[1], torch.tensor([index], device=frames.device))
+    images = frames_to_images(torch.stack((frames, torch.cat((observed[0], found.frames[0])))), module.config, decoder)
+    energies = [None if e is None else e[0] for e in (found.energies, found.relative_energies)]
+    copy_errors = frame_errors(module, observed[:, -1:].expand_as(truth), truth)[0]
+    return ClipRollout(*images, num_observed, frame_errors(module, found.frames, truth)[0], copy_errors, *energies)

@@ -97,8 +97,10 @@ COMMAND_ORDER = (
     "bench",
     "presets",
     "runs",
+    "dashboard",
     "checkpoint",
     "lab",
+    "docs",
 )
 
 

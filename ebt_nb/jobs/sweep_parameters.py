@@ -21,7 +21,6 @@ from typing import Any
 
 from ..config.errors import WorkbenchError, suggest
 from ..config.overrides import PlainScalar, convert_text, convert_yaml, field_type, type_without_none
-from ..training.trackers import import_optional
 
 # %% ../../nbs/jobs/09_sweep_parameters.ipynb #98a7eb8f
 class SweepError(WorkbenchError):
@@ -83,6 +82,8 @@ def normal_quantile(mu: float, sigma: float, u: float) -> float:
 
 def beta_quantile(a: float, b: float, u: float) -> float:
     "Return the quantile of a beta distribution."
+    from ebt_nb.training.trackers import import_optional
+
     return float(import_optional("scipy.stats", "distribution: beta").beta.ppf(u, a, b))
 
 

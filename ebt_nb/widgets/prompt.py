@@ -9,7 +9,7 @@ __all__ = ['GENERATION_KEYS', 'generation_settings', 'prepare_generator', 'Growi
 from collections.abc import Iterator
 from typing import Any
 
-from ..analysis.thought import trace_newest_token, trace_text
+from ..analysis.thought import trace_newest_prediction, trace_predictions
 from ..config.errors import ConfigError, WorkbenchError
 from ..inference.generate import TextGenerator
 from ..inference.sampling import GeneratedToken
@@ -23,8 +23,8 @@ from ebt_nb.widgets.thinking import (
     describe_records,
     load_shown_model,
     model_row,
+    prediction_records,
     shorten,
-    trace_records,
 )
 from .view import STYLE, View, load_script, read_widget_file
 
@@ -69,9 +69,12 @@ class GrowingText:
         self.generator = prepare_generator(model, settings)
         self.stream: Iterator[GeneratedToken] | None = self.generator.stream([prompt])
         self.tokens = model.tokenizer.encode(prompt)
+        self.num_given = len(self.tokens)
         self.records: list[dict[str, Any] | None] = [None]
         if len(self.tokens) > 1:
-            self.records += trace_records(trace_text(self.generator.module, self.tokens, model.tokenizer.decode))
+            self.records += prediction_records(
+                trace_predictions(self.generator.module, self.tokens, model.tokenizer.decode)
+            )
 
     def draw_token(self) -> dict[str, Any]:
         "Return the next token and its record, and why the text ends if it does. Raises WorkbenchError after the end."
@@ -79,7 +82,7 @@ class GrowingText:
             raise WorkbenchError("prompt: this text has ended; press generate again")
         drawn, decode = next(self.stream), self.model.tokenizer.decode
         self.tokens.append(drawn.token)
-        [record] = trace_records(trace_newest_token(self.generator.module, self.tokens, decode))
+        [record] = prediction_records(trace_newest_prediction(self.generator.module, self.tokens, decode))
         self.records.append(record)
         if drawn.finish_reason is not None:
             self.stream = None
@@ -91,6 +94,7 @@ class GrowingText:
         generation = {key: value for key, value in settings.items() if key in GENERATION_KEYS}
         return dict(
             prompt=self.prompt,
+            numGiven=self.num_given,
             tokens=[model.tokenizer.decode([token]) for token in self.tokens],
             rows=[model_row(model, self.generator.module, {"own": list(self.records)})],
             settings={key: value for key, value in settings.items() if key in THINKING_KEYS},
@@ -141,7 +145,7 @@ class PromptBox(View):
         if generated:
             text += f", continued “{shorten(generated, 200)}”"
         [row] = frame["rows"]
-        return f"{text}. {describe_records(row['title'], row['runs']['own'])}"
+        return f"{text}. {describe_records(row['name'], row['runs']['own'])}"
 
 
 def prompt_box(address: str | LanguageModule | None = None, prompt: str | None = None) -> PromptBox:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'THINKING_KEYS', 'MAX_STEPS', 'MAX_CANDIDATES', 'DEFAULT_TEXT', 'LIMITS', 'MAX_PAGE_BYTES',
-           'ShownModel', 'load_shown_model', 'apply_settings', 'trace_records', 'model_row', 'create_frame',
+           'ShownModel', 'load_shown_model', 'apply_settings', 'prediction_records', 'model_row', 'create_frame',
            'cut_frame', 'describe_records', 'shorten', 'ThinkingPlayer', 'watch_thinking']
 
 # %% ../../nbs/widgets/02_thinking.ipynb #3b3dac24
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.landscape import AnalysisError
-from ..analysis.thought import TextTrace, trace_text
+from ..analysis.thought import PredictionCurves, trace_predictions
 from ..config.errors import ConfigError, suggest
 from ..data.tokenizers import TextTokenizer
 from ..inference.generate import load_generator
@@ -80,28 +80,28 @@ def apply_settings(
     return changed
 
 # %% ../../nbs/widgets/02_thinking.ipynb #eb4eecaa
-def trace_records(trace: TextTrace) -> list[dict[str, Any]]:
+def prediction_records(curves: PredictionCurves) -> list[dict[str, Any]]:
     "Return what the page draws of each prediction, as JSON holds it; curves are lists over samples, then points."
-    curves = dict(
-        nll=trace.nll,
-        entropy=trace.entropy,
-        largest=trace.max_probability,
-        before=trace.energies_before,
-        after=trace.energies_after,
-        relative=trace.relative_energies,
-        norm=trace.gradient_norms,
+    lines = dict(
+        nll=curves.nll,
+        entropy=curves.entropy,
+        largest=curves.max_probability,
+        before=curves.energies_before,
+        after=curves.energies_after,
+        relative=curves.relative_energies,
+        norm=curves.gradient_norms,
     )
     records = []
-    for position, steps in enumerate(trace.steps):
+    for position, steps in enumerate(curves.steps):
         record = dict(
             tokens=steps.tokens,
             probabilities=to_plain(steps.probabilities, 3),
             target=steps.target,
             targetProbabilities=to_plain(steps.target_probabilities, 3),
-            chosen=int(trace.chosen_index[position]),
-            landscapes=trace.landscapes,
+            chosen=int(curves.chosen_index[position]),
+            landscapes=curves.landscapes,
         )
-        record.update({name: to_plain(values[:, position], 4) for name, values in curves.items()})
+        record.update({name: to_plain(values[:, position], 4) for name, values in lines.items()})
         records.append(record)
     return records
 
@@ -114,7 +114,7 @@ def model_row(
     `module` is the model with changed settings. A record is None where nothing was predicted.
     """
     row = dict(
-        name=model.name, title=f"{model.name} ({module.title})", runs=runs, notes=module.inference_notes(), own=None
+        name=model.name, title=f"{model.name}: {module.title}", runs=runs, notes=module.inference_notes(), own=None
     )
     if not isinstance(module, EnergyLanguageModule):
         return row
@@ -146,12 +146,12 @@ def create_frame(text: str, models: list[ShownModel], settings: dict[str, Any]) 
     rows = []
     for model in models:
         module = apply_settings(model.module, settings)
-        runs = {"own": [None, *trace_records(trace_text(module, tokens, tokenizer.decode))]}
+        runs = {"own": [None, *prediction_records(trace_predictions(module, tokens, tokenizer.decode))]}
         if module.descent is not None and not settings:
             own = len(module.descent.draw_schedule())
             for steps in (2 * own, 4 * own):
                 longer = with_inference_settings(module, {"inference.steps": steps})
-                runs[str(steps)] = [None, *trace_records(trace_text(longer, tokens, tokenizer.decode))]
+                runs[str(steps)] = [None, *prediction_records(trace_predictions(longer, tokens, tokenizer.decode))]
         rows.append(model_row(model, module, runs))
     return dict(
         text=text,
@@ -173,17 +173,17 @@ def cut_frame(frame: dict[str, Any], num_tokens: int, only_own: bool = False) ->
     return {**frame, "tokens": frame["tokens"][:num_tokens], "rows": rows}
 
 # %% ../../nbs/widgets/02_thinking.ipynb #a8531c01
-def describe_records(title: str, records: list[dict[str, Any] | None]) -> str:
+def describe_records(name: str, records: list[dict[str, Any] | None]) -> str:
     "Return mean surprise and hardest token in a sentence."
     scored = [record for record in records if record]
     if not scored:
-        return f"{title}: nothing predicted yet."
+        return f"{name}: nothing predicted yet."
     surprises = [record["nll"][record["chosen"]][-1] for record in scored]
     hardest = max(range(len(scored)), key=surprises.__getitem__)
     steps = len(scored[0]["landscapes"])
     when = f" after {steps} steps" if steps else ""
     return (
-        f"{title}: mean surprise {sum(surprises) / len(surprises):.2f} nats{when}; hardest token "
+        f"{name}: mean surprise {sum(surprises) / len(surprises):.2f} nats{when}; hardest token "
         f"“{scored[hardest]['target']}” ({surprises[hardest]:.1f} nats)."
     )
 
@@ -198,7 +198,7 @@ class ThinkingPlayer(View):
     """A text that is predicted token by token, by one model or by two.
 
     `model` and `other` are addresses (`runs/06_addresses`) or loaded modules. Raises WorkbenchError as
-    `load_shown_model` and `trace_text` do, and ConfigError if the two models have different tokenizers.
+    `load_shown_model` and `trace_predictions` do, and ConfigError if the two models have different tokenizers.
     """
 
     _esm = load_script("thinking", "tokens")
@@ -235,7 +235,7 @@ class ThinkingPlayer(View):
         "Return the text, and for each model its mean surprise and the hardest token."
         tokens = self.frame["tokens"]
         text = f"A text of {len(tokens)} tokens: “{shorten(''.join(tokens), 80)}”."
-        return " ".join([text, *(describe_records(row["title"], row["runs"]["own"]) for row in self.frame["rows"])])
+        return " ".join([text, *(describe_records(row["name"], row["runs"]["own"]) for row in self.frame["rows"])])
 
     def page_frame(self) -> dict[str, Any]:
         "Return the frame, without runs of other numbers of steps and then without its end if it is too large."

@@ -12,22 +12,24 @@ import math
 import traceback
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets
-from torch import Tensor
 
 from ..config.errors import WorkbenchError
-from ..data.sources import ASSETS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # %% ../../nbs/widgets/00_view.ipynb #f8e3b18e
-def to_plain(values: Tensor | float | Sequence, digits: int = 4) -> Any:
+def to_plain(values: "Tensor | float | Sequence", digits: int = 4) -> Any:
     """Return numbers as JSON holds them: nested lists, of `digits` significant digits.
 
     What is not finite becomes None; whole numbers and truth values stay as they are.
     """
-    if isinstance(values, Tensor):
+    if hasattr(values, "detach"):
         values = values.detach().cpu().tolist()
     if isinstance(values, (list, tuple)):
         return [to_plain(value, digits) for value in values]
@@ -38,7 +40,7 @@ def to_plain(values: Tensor | float | Sequence, digits: int = 4) -> Any:
 # %% ../../nbs/widgets/00_view.ipynb #a9bd9560
 def read_widget_file(name: str) -> str:
     "Return a file of `assets/widgets`."
-    return (ASSETS / "widgets" / name).read_text(encoding="utf-8")
+    return (files("ebt_nb") / "assets" / "widgets" / name).read_text(encoding="utf-8")
 
 
 def load_script(name: str, *parts: str) -> str:

@@ -188,7 +188,7 @@ function lineChart(series, options = {}) {
     "aria-label": chartText(series, title),
   });
   if (title) svg.append(shape("text", { x: margin.left, y: 15, class: "ebt-title" }, title));
-  for (const tick of niceTicks(yLow, yHigh)) {
+  for (const tick of niceTicks(yLow, yHigh, 5)) {
     svg.append(
       shape("line", { x1: margin.left, x2: width - margin.right, y1: yAt(tick), y2: yAt(tick), class: "ebt-grid" }),
       shape("text", { x: margin.left - 5, y: yAt(tick) + 4, "text-anchor": "end" }, formatNumber(tick, 4)),
@@ -303,4 +303,31 @@ function staticModel(values) {
     off: () => {},
     save_changes: () => {},
   };
+}
+
+// ---- settings of a request, and pictures ----
+
+const IMAGE_SIDE = 168; // pixels of a large picture on the page
+
+// One control for each setting; every change asks the kernel for all of them.
+function settingControls(frame, ask) {
+  const settings = { ...frame.settings };
+  const change = (name, value) => {
+    settings[name] = value;
+    ask({ ...settings });
+  };
+  return frame.controls.map(({ name, label, ...options }) => {
+    if (options.text) return textBox(label, settings[name], (value) => change(name, value)).node;
+    return slider(label, { ...options, value: settings[name] }, (value) => change(name, value)).node;
+  });
+}
+
+function settingsText(frame) {
+  return frame.controls.map(({ name, label }) => `${label}: ${frame.settings[name]}`).join(", ");
+}
+
+function picture(source, caption, side = IMAGE_SIDE) {
+  const style = `width: ${side}px; height: ${side}px; image-rendering: pixelated; display: block`;
+  return element("figure", { style: "margin: 0" }, element("img", { src: source, alt: caption, style }),
+    element("figcaption", { style: `max-width: ${side}px` }, caption));
 }

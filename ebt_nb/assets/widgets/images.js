@@ -1,25 +1,28 @@
 // An image after each step of a descent, the energy of its patches, and curves over the steps.
 // `frame.controls` says what the kernel can be asked for: sliders, and a caption for models that draw.
 
-const IMAGE_SIDE = 168; // pixels on the page
-
 function render({ model, el }) {
   el.classList.add("ebt-view");
   const frame = model.get("frame");
   let result = frame.result;
+  let scale = "of all steps";
   const stage = element("div", { class: "ebt-columns" });
   const strip = element("div", { class: "ebt-row" });
   const charts = element("div", { class: "ebt-columns" });
-  const show = (number) => drawState(stage, charts, result, number);
+  const show = (number) => drawState(stage, charts, result, number, scale);
   const step = slider("step shown", { min: 0, max: result.images.length - 1, value: result.images.length - 1 }, show);
   const player = playButton(step);
+  const scales = choice("energy colours", ["of all steps", "of this step"], scale, (value) => {
+    scale = value;
+    show(step.value);
+  });
   const draw = () => {
     drawStrip(strip, result, (number) => step.set(number));
     step.setRange(0, result.images.length - 1);
     step.set(Math.min(step.value, result.images.length - 1));
   };
   const controls = element("div", { class: "ebt-row" });
-  el.append(controls, element("div", { class: "ebt-row" }, step.node, player.node), stage, strip, charts);
+  el.append(controls, element("div", { class: "ebt-row" }, step.node, player.node, scales.node), stage, strip, charts);
   if (model.get("has_kernel")) {
     const ask = createAsker(model, el, (response) => {
       const wasLast = step.value === Number(step.input.max);
@@ -27,34 +30,11 @@ function render({ model, el }) {
       draw();
       if (wasLast) step.set(result.images.length - 1);
     });
-    controls.append(...requestControls(frame, ask));
+    controls.append(...settingControls(frame, ask));
   } else {
     controls.append(element("span", { class: "ebt-note" }, settingsText(frame)));
   }
   draw();
-}
-
-// One control for each setting; every change asks the kernel for all of them.
-function requestControls(frame, ask) {
-  const settings = { ...frame.settings };
-  const change = (name, value) => {
-    settings[name] = value;
-    ask({ ...settings });
-  };
-  return frame.controls.map(({ name, label, ...options }) => {
-    if (options.text) return textBox(label, settings[name], (value) => change(name, value)).node;
-    return slider(label, { ...options, value: settings[name] }, (value) => change(name, value)).node;
-  });
-}
-
-function settingsText(frame) {
-  return frame.controls.map(({ name, label }) => `${label}: ${frame.settings[name]}`).join(", ");
-}
-
-function picture(source, caption, side = IMAGE_SIDE) {
-  const style = `width: ${side}px; height: ${side}px; image-rendering: pixelated; display: block`;
-  return element("figure", { style: "margin: 0" }, element("img", { src: source, alt: caption, style }),
-    element("figcaption", { style: `max-width: ${side}px` }, caption));
 }
 
 function stateName(number) {
@@ -66,10 +46,10 @@ function decibels(value) {
 }
 
 // The state that is shown, large, with its patch energies and what it is compared with.
-function drawState(stage, charts, result, number) {
+function drawState(stage, charts, result, number, scale) {
   const quality = result.psnr ? decibels(result.psnr[number]) : "";
   const nodes = [picture(result.images[number], `${stateName(number)}${quality}`)];
-  nodes.push(energyMap(result, number));
+  nodes.push(energyMap(result, number, scale));
   if (result.clean) nodes.push(picture(result.clean, "clean"));
   if (result.baseline) {
     const { image, name, passes, psnr } = result.baseline;
@@ -94,10 +74,10 @@ function qualityChart(result, number) {
   return element("div", {}, chart, ...(result.baseline ? [legend(series)] : []));
 }
 
-// The energy of each patch, on one scale for all steps, so that maps of different steps can be compared.
-function energyMap(result, number) {
+// The energy of each patch: on one scale for all steps, which compares steps, or on that of this step.
+function energyMap(result, number, scale) {
   const rows = result.patch_energies[number];
-  const [low, high] = extent(result.patch_energies.flat(2));
+  const [low, high] = extent(scale === "of all steps" ? result.patch_energies.flat(2) : rows.flat());
   const size = IMAGE_SIDE / rows.length;
   const name = `energy of each patch, ${formatNumber(low)} (dark) to ${formatNumber(high)}`;
   const svg = shape("svg", { width: IMAGE_SIDE, height: IMAGE_SIDE, viewBox: `0 0 ${IMAGE_SIDE} ${IMAGE_SIDE}`,

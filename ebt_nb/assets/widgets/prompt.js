@@ -45,7 +45,8 @@ function createGeneration(model, el, view) {
       view.setFrame(model.get("frame"));
       if (generation.isRunning) later(next, 0);
     } else if (response.token && response.number === generation.number) {
-      view.setFrame(appendToken(view.frame, response), { atEnd: generation.pace === 0 });
+      const record = response.record;
+      view.setFrame(appendToken(view.frame, response), generation.pace === 0 ? record.landscapes.length : 0);
       view.select(view.frame.tokens.length - 1);
       if (response.finished) setRunning(false);
       else if (generation.isRunning) later(advance, generation.pace);
@@ -86,7 +87,7 @@ function promptControls(frame, generation) {
   const number = (label, key, options) => slider(label, { ...options, value: generated[key] },
     (value) => { generated[key] = value; }).node;
   const pace = choice("show steps", PACES, String(generation.pace), (value) => { generation.pace = Number(value); });
-  return element("div", { class: "ebt-controls" },
+  return element("div", { class: "ebt-settings" },
     element("div", { class: "ebt-row" }, prompt.node, startButton, stopButton, pace.node),
     element("div", { class: "ebt-row" },
       number("new tokens", "generation.max_new_tokens", { min: 1, max: frame.limits.newTokens }),

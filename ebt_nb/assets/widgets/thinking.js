@@ -33,7 +33,7 @@ function liveControls(model, el, frame) {
   other.input.setAttribute("list", list.id);
   other.input.setAttribute("placeholder", "address of a second model");
   const thinking = thinkingControls(frame, send);
-  return element("div", { class: "ebt-controls" },
+  return element("div", { class: "ebt-settings" },
     element("div", { class: "ebt-row" }, text.node, other.node, list, button("think", send)), thinking.node);
 }
 

@@ -47,6 +47,11 @@ function formatShare(share) {
   return share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
 }
 
+// Whether a token was drawn by the model, after the `numGiven` tokens of a prompt.
+function isDrawn(frame, index) {
+  return frame.numGiven !== undefined && index >= frame.numGiven;
+}
+
 // The token whose surprise thinking changes most, to begin with.
 function mostChanged(row) {
   const changes = recordsOf(row, "own").map((record) => {
@@ -121,12 +126,12 @@ function createTokenView(frame) {
 
   const drawTokens = () => {
     state.nodes = state.frame.rows.map((row, r) => state.frame.tokens.map((token, i) => element("span", {
-      role: "option", class: "ebt-token", onclick: () => select(i, r),
+      role: "option", class: isDrawn(state.frame, i) ? "ebt-piece ebt-drawn" : "ebt-piece", onclick: () => select(i, r),
     }, token.replaceAll("\n", "⏎\n"))));
     strips.replaceChildren(...state.frame.rows.flatMap((row, r) => [
       element("h4", {}, row.title),
       element("div", {
-        class: "ebt-tokens", role: "listbox", "aria-label": `tokens of the text, ${row.title}`,
+        class: "ebt-passage", role: "listbox", "aria-label": `tokens of the text, ${row.title}`,
         onkeydown: (event) => move(event, r),
       }, ...state.nodes[r]),
     ]));
@@ -161,16 +166,19 @@ function createTokenView(frame) {
   const drawPanels = () => {
     const { rows, tokens } = state.frame;
     const shown = rows.filter((row) => recordsOf(row, state.run)[state.selected]);
+    const kind = isDrawn(state.frame, state.selected) ? "drawn token" : "true token";
     panels.replaceChildren(...shown.map((row) => predictionPanel(row.name, tokens, state.selected,
-      recordsOf(row, state.run)[state.selected], steps.value)));
+      recordsOf(row, state.run)[state.selected], steps.value, kind)));
     if (!shown.length) {
       panels.append(element("p", { class: "ebt-note" }, tokens.length
         ? "Nothing was predicted here: the first token has none before it." : ""));
     }
   };
 
-  const setFrame = (next, { atEnd = true } = {}) => {
+  // The step that is looked at stays, unless `step` is given; who looks at the last one goes on doing so.
+  const setFrame = (next, step = null) => {
     play.stop();
+    const wasAtEnd = steps.value >= Number(steps.input.max);
     state.frame = next;
     if (!next.rows.every((row) => row.runs[state.run])) state.run = "own";
     const hasEnergies = numSteps(next.rows, state.run) > 0;
@@ -180,8 +188,9 @@ function createTokenView(frame) {
     if (!names.includes(state.measure)) state.measure = "surprise";
     measures.set(state.measure);
     const last = numSteps(next.rows, state.run);
+    const kept = wasAtEnd ? last : Math.min(steps.value, last);
     steps.setRange(0, last);
-    steps.set(atEnd ? last : 0, true);
+    steps.set(step ?? kept, true);
     for (const node of [steps.node, play.node]) node.style.display = last ? "" : "none";
     drawTokens();
     select(state.selected);
@@ -198,18 +207,19 @@ function createTokenView(frame) {
 
 // ---- one prediction ----
 
-function predictionPanel(title, tokens, index, record, step) {
+function predictionPanel(title, tokens, index, record, step, kind) {
   const last = record.tokens.length - 1;
   const shown = Math.min(step, last);
   const before = tokens.slice(0, index).join("").slice(-32);
   const where = last ? (shown ? `after step ${shown} of ${last}` : "at the start") : "in one pass";
   const heading = `${title}: what follows “…${before.replaceAll("\n", "⏎")}”, ${where}`;
   const bars = barChart(barRows(record, shown), 1, heading);
-  const node = element("div", { class: "ebt-panel" }, element("h4", {}, heading));
+  const node = element("div", { class: "ebt-prediction" }, element("h4", {}, heading));
   const values = ["nll", "entropy", "largest"].map((name) => formatNumber(record[name][record.chosen][shown]));
   const facts = element("p", { class: "ebt-note" },
-    `True token ${record.target}: surprise ${values[0]} nats. Entropy ${values[1]} nats.`);
-  node.append(element("div", { class: "ebt-columns" }, element("div", {}, bars, facts), stepCharts(record, shown)));
+    `${kind[0].toUpperCase()}${kind.slice(1)} ${record.target} (orange): surprise ${values[0]} nats. ` +
+    `Entropy ${values[1]} nats.`);
+  node.append(element("div", { class: "ebt-columns" }, element("div", {}, bars, facts), stepCharts(record, shown, kind)));
   return node;
 }
 
@@ -245,16 +255,16 @@ function sampleSeries(record, ofSample) {
   ];
 }
 
-function stepCharts(record, step) {
+function stepCharts(record, step, kind) {
   const charts = element("div", { class: "ebt-charts" });
   if (!record.landscapes.length) return charts;
   const curve = (name) => (sample) => [{ name: "chosen", marked: true, color: COLORS[0],
     points: record[name][sample].map((value, k) => [k, value]) }];
   const energies = sampleSeries(record, (sample) => energySeries(record, sample).map((one) => ({
     ...one, color: COLORS[one.landscape % COLORS.length] })));
-  const truth = { name: "true token", color: COLORS[1], dashed: true,
+  const truth = { name: kind, color: COLORS[1], dashed: true,
     points: record.targetProbabilities.map((value, k) => [k, value]) };
-  const size = { width: 270, height: 150, xLabel: "step", marker: step };
+  const size = { width: 240, height: 150, xLabel: "step", marker: step };
   charts.append(
     lineChart(energies, { ...size, title: "energy" }),
     lineChart(sampleSeries(record, curve("norm")), { ...size, title: "gradient norm, before a step",
@@ -268,7 +278,7 @@ function stepCharts(record, step) {
     keys.push({ name: `${record.nll.length - 1} other samples`, color: "#767676", dashed: true });
     keys.push({ name: `chosen: sample ${record.chosen + 1}`, color: COLORS[0] });
   }
-  return element("div", { style: "flex: 1 1 270px" }, charts, legend(keys));
+  return element("div", { style: "flex: 1 1 430px; min-width: 0" }, charts, legend(keys));
 }
 
 // ---- settings of thinking, which a kernel answers ----
