@@ -105,7 +105,7 @@ def test_start_here_runs_and_leaves_the_checkout_clean(lab, page):
 
 def walk_in_landscape(view):
     "Move the slider of an explorer with the keyboard, then let a candidate descend from a point that is clicked."
-    slider, panel = view.locator('input[aria-label="move"]'), view.locator("svg").first
+    slider, panel = view.locator('input[aria-label="step"]'), view.locator("svg").first
     view.scroll_into_view_if_needed()
     slider.press("Home")
     start = panel.inner_html()
