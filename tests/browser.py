@@ -25,7 +25,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-LIMIT = 240  # seconds that a page may take for anything: another process may have the cores
+LIMIT = 120  # seconds that a page may take for anything: another process may have the cores
 NOTEBOOK = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 
 

@@ -105,12 +105,13 @@ def test_start_here_runs_and_leaves_the_checkout_clean(lab, page):
 
 def walk_in_landscape(view):
     "Move the slider of an explorer with the keyboard, then let a candidate descend from a point that is clicked."
-    slider, panel = view.get_by_role("slider", name="move"), view.locator("svg").first
+    slider, panel = view.locator('input[aria-label="step"]'), view.locator("svg").first
+    view.scroll_into_view_if_needed()
     slider.press("Home")
     start = panel.inner_html()
     slider.press("ArrowRight")
     assert panel.inner_html() != start
     assert "landscape 0" in panel.get_attribute("aria-label")
-    candidates = view.get_by_label("candidate").locator("option")
+    candidates = view.locator('select[aria-label="candidate"] option')
     panel.click(position={"x": 120, "y": 120})
     candidates.filter(has_text="walk 1").wait_for(state="attached")
