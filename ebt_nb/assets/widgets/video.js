@@ -57,8 +57,8 @@ function drawStrips(strips, result, onClick) {
     const cells = row.frames.map((source, number) => {
       const name = `${row.name}, frame ${number + 1}`;
       const image = element("img", { src: source, alt: "", style });
-      const node = element("button", { type: "button", class: "ebt-button", "aria-label": `show ${name}`,
-        style: "padding: 1px", onclick: () => onClick(number) }, image);
+      const node = button("", () => onClick(number), { "aria-label": `show ${name}`, style: "padding: 1px" });
+      node.append(image);
       return element("td", { style: "padding: 1px; border: 0", "data-column": number }, node);
     });
     table.append(element("tr", {}, element("th", { scope: "row", style: NAME_STYLE }, row.name), ...cells));
