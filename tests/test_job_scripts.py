@@ -175,7 +175,7 @@ def test_images(script, preset, extra, run_script, tmp_path):
     shown = run_script("img/inference/denoise", *words)
     level, drawn = run.config.diffusion.level, {path.name for path in (tmp_path / "drawn").iterdir()}
     assert f"| {level:g} | 3 | 1 |" in shown and f"| {2 * level:g} | 10 | 1 |" in shown
-    assert {"restored_images.png", f"quality_at_{level:g}.png"} <= drawn
+    assert {"restored_images.png", "quality.png"} <= drawn
 
 
 def test_scripts_that_sbatch_starts_mark_their_job(root):
@@ -186,6 +186,11 @@ def test_scripts_that_sbatch_starts_mark_their_job(root):
     assert lines
     for line, path in lines.items():
         assert "= slurm_script ]; then export EBT_JOB_ID=$SLURM_JOB_ID; " in line, path
+
+
+def test_docs(checkout):
+    done = checkout("docs", "--output", "elsewhere")
+    assert (done.returncode, done.stdout) == (0, "docs|--check|--output|elsewhere|\n")
 
 
 def test_benchmarks(checkout, tmp_path):

@@ -1,5 +1,6 @@
 "The project as a whole: notebooks and package agree, the README is current, the package can be built and installed."
 
+import configparser
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import readme
+import yaml
 
 TOP = [
     "nbs",
@@ -110,6 +112,31 @@ def test_a_stale_readme_is_found(copy, capsys):
 def test_links_of_the_readme_exist(root):
     links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", (root / "README.md").read_text())
     assert links and [link for link in links if not (root / link).exists()] == []
+
+
+def test_python_of_the_readme_runs(root, tmp_path, forker):
+    "All blocks, one after the other, as a reader would type them into one session."
+    blocks = re.findall(r"^```python\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    code, out, err = forker.run("runs", cwd=tmp_path, setup="\n".join(blocks))
+    assert code == 0 and len(blocks) == 4, err
+    first, last = re.search(r"loss ([\d.]+) at first, ([\d.]+) after 20 updates", out).groups()
+    assert float(last) < 0.9 * float(first) and (tmp_path / "my_model/model.safetensors").is_file()
+
+
+def test_pictures_of_the_readme_are_small_and_described(root):
+    pictures = re.findall(r"!\[([^\]]*)\]\((nbs/images/[^)]+)\)", (root / "README.md").read_text())
+    sizes = [(root / path).stat().st_size for _, path in pictures]
+    assert len(pictures) == 4 and sum(sizes) < 1_500_000 and all(len(words) > 40 for words, _ in pictures)
+
+
+def test_citation_file_names_this_version_and_the_paper(root):
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["cff-version"] == "1.2.0"
+    settings = configparser.ConfigParser()
+    settings.read(root / "settings.ini")
+    assert citation["version"] == settings["DEFAULT"]["version"] and citation["license"] == "Apache-2.0"
+    [paper] = citation["references"]
+    assert "2507.02092" in paper["url"] and len(paper["authors"]) == 10
 
 
 # Packaging

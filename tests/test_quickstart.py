@@ -67,7 +67,11 @@ def test_two_runs_that_differ_in_the_model_alone(job):
 def test_report_shows_what_was_promised(job):
     report = check_report(job[1])
     num_figures = count_figures(report)
-    assert num_figures >= 7 and (job[1] / "report.html").read_text().count("<img") >= num_figures
+    page = (job[1] / "report.html").read_text(encoding="utf-8")
+    assert num_figures >= 7 and page.count("<img") >= num_figures
+    assert page.count('class="ebt-view" data-view=') == 1 and "widget-view" not in (job[1] / "report.ipynb").read_text(
+        encoding="utf-8"
+    )
     sources = [cell.source for cell in report.cells if cell.cell_type == "markdown"]
     headings = [line for source in sources for line in source.splitlines() if line.startswith("## ")]
     assert headings == [

@@ -30,6 +30,7 @@ from ..config.kinds import RunConfig, section_fields
 from ..config.overrides import build_config, default_runs_dir, override_config
 from ..data.registry import build_data_module
 from ..data.tokenizers import load_tokenizer
+from ..inference.evaluate_text import check_split
 from ..inference.generate import load_generator
 from ebt_nb.inference.loading import (
     load_for_inference,
@@ -144,11 +145,17 @@ class EBT:
         "Return all that is trained, once each: the network's weights and, where they are learned, step size and noise."
         return trainable_parameters(self.module)
 
-    def batches(self) -> Iterator[Batch]:
-        "Return endless training batches of the data of the configuration. Raises DataError if they cannot be read."
+    def batches(self, split: str = "train") -> Iterator[Batch]:
+        """Return batches of the data of the configuration: of `train` endless ones, of another split each row once.
+
+        Raises DataError for data that cannot be read, EvaluationError for a split that it does not have.
+        """
         data = build_data_module(self.config)
         data.setup("fit")
-        return iter(data.train_dataloader())
+        if split == "train":
+            return iter(data.train_dataloader())
+        check_split(split, list(data.splits), self.config.data.source)
+        return iter(data.held_out_dataloader(split))
 
     def loss(self, batch: Batch | list[str]) -> Float[Tensor, ""]:
         """Return the training loss of a batch, or of texts; it can be differentiated once.

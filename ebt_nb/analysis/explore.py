@@ -34,7 +34,7 @@ from ..config.validation import describe_problem
 from ..data.tokenizers import TextTokenizer
 from ..inference.generate import TextGenerator, load_generator
 from ..inference.next_token import freeze_for_inference
-from ..inference.sampling import encode_prompt
+from ..inference.sampling import check_token_ids, encode_prompt
 from ..runs.addresses import find_checkpoint
 from ..thinking.descent import Trace
 from ..training.base import TrainingModule
@@ -44,7 +44,7 @@ class ExploreSettings(Section):
     "What is shown of a landscape: the model, the token, its paths, the plane."
 
     address: str = Field("shipped:text/quickstart", description="of the model (`runs/06_addresses`)")
-    text: str = Field("Mr. Darcy looked at her with", description="what the model reads")
+    text: str | list[int] = Field("Mr. Darcy looked at her with", description="what the model reads, or its token ids")
     position: int = Field(-1, description="the last token that is read; negative ones count from the end")
     steps: int | None = Field(None, ge=1, le=64, description="moves of a candidate; null: as configured")
     samples: int = Field(1, ge=1, le=16, description="candidates that descend, each with its own noise")
@@ -173,6 +173,7 @@ def descend_to_token(
 ) -> tuple[ObservedPosition, Trace, list[PointFacts]]:
     "Observe the text, let the samples descend, and return what is known of their paths."
     tokens = encode_prompt("text", settings.text, generator.tokenizer)
+    check_token_ids("text", tokens, generator.module.config.model.vocab_size)
     observed = observe_position(generator.module, tokens, settings.position, generator.seed)
     trace = observed.descend(None, settings.samples, settings.steps, settings.noise)
     visited = sorted(set(trace.landscapes))

@@ -232,10 +232,13 @@ def evaluate_plane(
 ) -> Landscape:
     "Evaluate the energy on a grid of a plane, `batch_size` candidates at a time, and at the points of its path."
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
-    candidates = plane.candidates_at(grid.flatten(0, 1))
-    energies = candidate_energies(energy, space, candidates, landscape_index, batch_size)
+    energies = []
+    for coordinates in grid.flatten(0, 1).split(batch_size):  # all candidates of a large vocabulary need gigabytes
+        candidates = plane.candidates_at(coordinates)
+        energies.append(candidate_energies(energy, space, candidates, landscape_index, batch_size))
     path_energies = candidate_energies(energy, space, plane.path, landscape_index)
-    return Landscape(plane, landscape_index, x, y, energies.view(len(y), len(x)).cpu(), path_energies.cpu())
+    energies = torch.cat(energies).view(len(y), len(x))
+    return Landscape(plane, landscape_index, x, y, energies.cpu(), path_energies.cpu())
 
 # %% ../../nbs/analysis/00_landscape.ipynb #772d85a3
 def escape_dollars(text: str) -> str:

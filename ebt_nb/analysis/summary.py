@@ -37,9 +37,10 @@ class ReportSummary:
 
 # %% ../../nbs/analysis/05_summary.ipynb #20ce3311
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    "Return a table in Markdown."
+    "Return a table in Markdown; a bar or a line break in a cell does not end the cell."
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    escaped = [[" ".join(cell.replace("|", r"\|").splitlines()) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .landscape import check_index, create_figure, escape_dollars
+from .landscape import check_index, escape_dollars
 from ebt_nb.analysis.traces import (
     Decode,
     PredictionSteps,
@@ -24,6 +24,7 @@ from ebt_nb.analysis.traces import (
     token_nll,
 )
 from ..config.data import IGNORE_INDEX
+from ..runs.figures import create_figure
 from ..thinking.descent import Energy
 from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.spaces import TokenSpace

@@ -100,6 +100,7 @@ COMMAND_ORDER = (
     "dashboard",
     "checkpoint",
     "lab",
+    "docs",
 )
 
 

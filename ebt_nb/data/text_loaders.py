@@ -287,10 +287,11 @@ def stream_builder(config: RunConfig, source: Source, tokenizer: TextTokenizer) 
 class TextDataModule(LightningDataModule):
     """Packed text, or questions, for a run.
 
-    tokenizer: the text tokenizer of the configuration.
-    splits: prepared rows by split, with 'tokens' [context + 1] and, of questions, 'targets' [context]. A streamed
-        corpus has no 'train' among them.
-    characters_per_token: by split; of questions only answers are counted.
+    Attributes:
+        tokenizer: the text tokenizer of the configuration.
+        splits: prepared rows by split, with 'tokens' [context + 1] and, of questions, 'targets' [context]. A streamed
+            corpus has no 'train' among them.
+        characters_per_token: by split; of questions only answers are counted.
 
     `rank` and `world_size` default to those of torch.distributed. Loaders serve dict(inputs, targets, index).
     Raises DataError for a corpus, question set, tokenizer or cache that cannot be used.

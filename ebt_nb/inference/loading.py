@@ -8,6 +8,7 @@ __all__ = ['DIFFUSION_KEYS', 'INFERENCE_KEYS', 'override_inference_config', 'rea
            'with_inference_settings']
 
 # %% ../../nbs/inference/00_loading.ipynb #ffb84a29
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ INFERENCE_KEYS = (
 )
 
 
-def override_inference_config(config: RunConfig, settings: list[str] | dict[str, Any] = ()) -> RunConfig:
+def override_inference_config(config: RunConfig, settings: Sequence[str] | dict[str, Any] = ()) -> RunConfig:
     """Return a trained model's configuration with changed settings for inference.
 
     `settings` are `key=value` texts or a dictionary. Raises ConfigError for an unknown key, an impossible value, and a
@@ -61,7 +62,7 @@ def override_inference_config(config: RunConfig, settings: list[str] | dict[str,
     return override_config(config, settings)
 
 # %% ../../nbs/inference/00_loading.ipynb #16ce5b10
-def read_inference_config(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> RunConfig:
+def read_inference_config(checkpoint: Path | str, settings: Sequence[str] | dict[str, Any] = ()) -> RunConfig:
     """Return the configuration with which the model of a checkpoint file is used, on one device unless others are set.
 
     Raises CheckpointError for a file that cannot be used, ConfigError as `override_inference_config` does.
@@ -108,7 +109,7 @@ def set_inference_config(module: TrainingModule, config: RunConfig) -> None:
         module.descent.inference = config.inference
 
 
-def load_for_inference(checkpoint: Path | str, settings: list[str] | dict[str, Any] = ()) -> TrainingModule:
+def load_for_inference(checkpoint: Path | str, settings: Sequence[str] | dict[str, Any] = ()) -> TrainingModule:
     """Return the module of a checkpoint file, with changed settings for inference, on its device (`place_module`).
 
     The number of threads is set. Settings that go beyond what was trained are said in a line on standard error.

@@ -138,6 +138,7 @@ def format_table(rows: dict[str, str], names: str, values: str) -> str:
 def format_model_card(config: RunConfig, facts: TrainedFacts, address: str) -> str:
     "Return the card of a model, in Markdown; `address` is where its commands find it."
     model = config.model
+    title = KIND_TITLES.get(model.kind, f"A model of kind {model.kind}")
     shape = f"{model.layers} layers, width {model.width}, {model.heads} heads"
     command = MODALITIES[config.data.kind].command.format(address=address)
     figures = {name: f"{value:.6g}" for name, value in facts.figures.items()}
@@ -145,7 +146,7 @@ def format_model_card(config: RunConfig, facts: TrainedFacts, address: str) -> s
     return f"""{card_header(config)}
 
 # {config.run.name}
-{KIND_TITLES[model.kind]}, size {model.size}: {shape}; {facts.num_weights:,} weights, matrices in {facts.number_format}.
+{title}, size {model.size}: {shape}; {facts.num_weights:,} weights, matrices in {facts.number_format}.
 Trained with EBT Workbench; `config.yaml` is its whole configuration.
 
 ## Training

@@ -15,7 +15,7 @@ from ..analysis.explore import ExploredLandscape, ExploreSettings, change_settin
 from ..analysis.landscape import AnalysisError, Landscape
 from ..analysis.planes import PointFacts, path_of
 from ..training.base import TrainingModule
-from .view import View, load_script, to_plain
+from .view import STYLE, View, load_script, read_widget_file, to_plain
 
 # %% ../../nbs/widgets/01_landscape.ipynb #bcb36e31
 LEVELS = 10**6
@@ -67,14 +67,16 @@ def plain_plane(explored: ExploredLandscape) -> dict[str, Any]:
 # %% ../../nbs/widgets/01_landscape.ipynb #c673e45b
 def build_frame(explored: ExploredLandscape, planes: dict[str, Any]) -> dict[str, Any]:
     "Return everything that the page draws; `planes` are those that it can choose from, by name."
-    observed, decode = explored.observed, explored.decode
+    observed, decode, text = explored.observed, explored.decode, explored.settings.text
+    if not isinstance(text, str):
+        text = explored.generator.tokenizer.decode(text)
     names = ["the model's candidate"]
     names += [f"sample {number}" for number in range(2, explored.settings.samples + 1)]
     paths = [plain_path(explored, facts, name) for facts, name in zip(explored.facts, names)]
     for number, walk in enumerate(explored.walks, 1):
         paths.append(plain_path(explored, walk.facts, f"walk {number}"))
     return {
-        "settings": explored.settings.model_dump() | {"position": observed.position},
+        "settings": explored.settings.model_dump() | {"position": observed.position, "text": text},
         "title": explored.generator.module.title,
         "tokens": [decode(token) for token in observed.tokens],
         "target": None if observed.next_token is None else decode(observed.next_token),
@@ -115,6 +117,7 @@ class LandscapeView(View):
     """
 
     _esm = load_script("landscape", "fields")
+    _css = STYLE + read_widget_file("landscape.css")
 
     def __init__(self, explored: ExploredLandscape, planes: Sequence[str] = ("path",)):
         super().__init__()

@@ -21,7 +21,6 @@ from ..inference.generate import load_generator
 from ..inference.loading import place_module, with_inference_settings
 from ..runs.shared_models import list_shipped_models
 from ..training.build import load_pretrained
-from ..training.checkpoints import check_tokenizer
 from ..training.language import EnergyLanguageModule, LanguageModule
 from .view import STYLE, View, load_script, read_widget_file, to_plain
 
@@ -97,11 +96,11 @@ def prediction_records(curves: PredictionCurves) -> list[dict[str, Any]]:
             tokens=steps.tokens,
             probabilities=to_plain(steps.probabilities, 3),
             target=steps.target,
-            targetProbabilities=to_plain(steps.target_probabilities, 3),
+            targetProbabilities=to_plain(steps.target_probabilities),
             chosen=int(curves.chosen_index[position]),
             landscapes=curves.landscapes,
         )
-        record.update({name: to_plain(values[:, position], 4) for name, values in lines.items()})
+        record.update({name: to_plain(values[:, position]) for name, values in lines.items()})
         records.append(record)
     return records
 
@@ -118,7 +117,8 @@ def model_row(
     )
     if not isinstance(module, EnergyLanguageModule):
         return row
-    trained, inference = model.module.descent, model.module.config.inference
+    row["select"] = module.config.inference.select
+    trained, inference = with_inference_settings(model.module, {}).descent, model.module.config.inference
     row["own"] = dict(
         steps=len(trained.draw_schedule()),
         stepSize=to_plain(trained.base_step_size(trained.policy.steps - 1).item() / inference.step_size_factor),
@@ -217,10 +217,12 @@ class ThinkingPlayer(View):
         for shown in self.models[1:]:
             if shown.name == address:
                 return shown
-        other, first = load_shown_model(address), self.models[0].tokenizer
-        check_tokenizer(
-            other.name, dict(tokenizer=dict(name=other.tokenizer.name, fingerprint=other.tokenizer.fingerprint)), first
-        )
+        other, first = load_shown_model(address), self.models[0]
+        if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise ConfigError(
+                f"other: {other.name} reads tokens of {other.tokenizer.name!r}, and {first.name} those of "
+                f"{first.tokenizer.name!r}; compare models with the same data.tokenizer"
+            )
         return other
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:

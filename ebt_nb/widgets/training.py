@@ -116,14 +116,15 @@ class RunCurves:
         points = curve.to_plain() if curve is not None else []
         return points[-1][1] if points else None
 
-    def to_plain(self) -> dict[str, Any]:
-        "Return the run as JSON holds it."
-        curves = [dict(panel=key[0], name=key[1], points=curve.to_plain()) for key, curve in self.curves.items()]
+    def to_plain(self, has_speed: bool = True) -> dict[str, Any]:
+        "Return the run as JSON holds it, with or without its speed and time."
+        panels = {key: curve for key, curve in self.curves.items() if has_speed or key[0] != "speed"}
+        curves = [dict(panel=key[0], name=key[1], points=curve.to_plain()) for key, curve in panels.items()]
         return dict(
             name=self.name,
             max_steps=self.max_steps,
             step=self.step,
-            seconds=round(self.seconds, 1),
+            seconds=round(self.seconds, 1) if has_speed else None,
             state=self.state,
             curves=[curve for curve in curves if curve["points"]],
         )
@@ -134,14 +135,16 @@ class TrainingView(View):
 
     Attributes:
         interval: the least number of seconds between two refreshes.
+        shows_speed: whether speed and time are drawn; they differ from run to run, also where all else is the same.
         runs: the curves of each run.
         seconds_spent: how long refreshing has taken in all.
     """
 
     _esm = load_script("training")
 
-    def __init__(self, interval: float = 1.0):
+    def __init__(self, interval: float = 1.0, shows_speed: bool = True):
         self.interval = interval
+        self.shows_speed = shows_speed
         self.runs: list[RunCurves] = []
         self.seconds_spent = 0.0
         self.next_refresh = 0.0
@@ -171,7 +174,7 @@ class TrainingView(View):
         units = list(dict.fromkeys(run.unit for run in self.runs))
         is_text = units == ["tokens"]
         labels = {"loss": "nats per token" if is_text else "loss", "speed": f"{' or '.join(units)} per second"}
-        self.frame = {"runs": [run.to_plain() for run in self.runs], "labels": labels}
+        self.frame = {"runs": [run.to_plain(self.shows_speed) for run in self.runs], "labels": labels}
         end = time.perf_counter()
         self.next_refresh = end + max(self.interval, 30 * (end - begin))
 

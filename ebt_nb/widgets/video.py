@@ -45,7 +45,7 @@ class RolloutView(View):
         module: an energy model of video whose frames can be shown.
         batch: clips, all of the same length.
         baseline: a model of the same frames to compare with.
-        settings: the first `clip`, `given`, `steps`, `samples`; by default those of the configuration.
+        settings: the first `clip`, `given`, `steps`, `samples`, `noise`; by default those of the configuration.
     """
 
     _esm = load_script("video")
@@ -56,13 +56,16 @@ class RolloutView(View):
         self.baseline = baseline
         self.decoder = find_decoder(module)
         num_clips, num_frames = batch["frames"].shape[:2]
-        samples, steps = module.descent.inference.samples, len(module.descent.draw_schedule())
-        settings = dict(clip=0, given=min(4, num_frames - 1), steps=steps, samples=samples) | settings
+        inference, steps = module.descent.inference, len(module.descent.draw_schedule())
+        noise = float(module.descent.trained_noise) if inference.noise is None else inference.noise
+        default = dict(clip=0, given=min(4, num_frames - 1), steps=steps, samples=inference.samples, noise=noise)
+        settings = default | settings
         controls = [
             dict(name="clip", label="clip", min=0, max=num_clips - 1),
             dict(name="given", label="given frames", min=1, max=num_frames - 1),
             dict(name="steps", label="steps", min=1, max=MOST_STEPS),
             dict(name="samples", label="best of", min=1, max=MOST_SAMPLES),
+            dict(name="noise", label="noise", min=0, max=1, step=0.05),
         ]
         super().__init__(frame={"controls": controls, "settings": settings} | self.answer(settings))
 
@@ -83,12 +86,14 @@ class RolloutView(View):
         check_number("given", request["given"], 1, num_frames - 1)
         check_number("steps", request["steps"], 1, MOST_STEPS)
         check_number("samples", request["samples"], 1, MOST_SAMPLES)
+        check_number("noise", request["noise"], 0, 1)
         return {"result": self.roll_out(**request)}
 
-    def roll_out(self, clip: int, given: int, steps: int, samples: int) -> dict[str, Any]:
+    def roll_out(self, clip: int, given: int, steps: int, samples: int, noise: float) -> dict[str, Any]:
         "Return frames, errors and energies of a roll-out as JSON holds them."
         frames, index = self.batch["frames"][clip], int(self.batch["index"][clip])
-        module = with_inference_settings(self.module, {"inference.steps": steps, "inference.samples": samples})
+        changes = {"inference.steps": steps, "inference.samples": samples, "inference.noise": noise}
+        module = with_inference_settings(self.module, changes)
         course = roll_out_clip(module, frames, given, index, self.decoder)
         errors = [
             dict(name="roll-out", values=to_plain(course.errors)),
@@ -119,8 +124,9 @@ def explore_rollout(
     """Return a view of roll-outs of held-out clips of `num_frames` frames, the given ones included.
 
     `model` is a module, an address, or None for the newest run of an energy model of video; `baseline` a model of the
-    same frames to compare with; `settings` are the first `clip`, `given`, `steps`, `samples`. Raises WorkbenchError for
-    models that cannot be shown, RolloutError for clips that are too short, DataError for data that cannot be read.
+    same frames to compare with; `settings` are the first `clip`, `given`, `steps`, `samples`, `noise`. Raises
+    WorkbenchError for models that cannot be shown, RolloutError for clips that are too short, DataError for data that
+    cannot be read.
     """
     preset = "video/quickstart"
     module = open_module(model, EnergyVideoModule, preset, runs_dir)

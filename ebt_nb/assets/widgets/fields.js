@@ -110,14 +110,14 @@ function squareCrossings(corners, level) {
 
 function colorBar(field, levels) {
   const stops = CIVIDIS.map((color, k) => `${color} ${((100 * k) / (CIVIDIS.length - 1)).toFixed(0)}%`);
-  const ticks = [0, 4, 8, 12, 16].map((k) => element("span", {}, formatNumber(energyOf(field, levels[k]), 4)));
+  const ticks = [0, 5, 11, 16].map((k) => element("span", {}, formatNumber(energyOf(field, levels[k]), 4)));
   return element("div", { class: "ebt-colorbar" },
     element("i", { style: `background: linear-gradient(90deg, ${stops.join(", ")})` }), element("div", {}, ...ticks));
 }
 
 // ---- the surface ----
 
-const SURFACE = { width: 400, height: 300, tilt: 0.55, cells: 40 };
+const SURFACE = { width: 312, height: 260, tilt: 0.55, spread: 106, rise: 140, cells: 40 };
 
 // Corners of the mesh: columns and rows from -1 to 1, height from 0 to 1, and their place on the page.
 function surfaceMesh(field, angle) {
@@ -138,8 +138,8 @@ function project([x, y, z], angle) {
   const across = x * cos - y * sin;
   const away = x * sin + y * cos;
   const [tiltCos, tiltSin] = [Math.cos(SURFACE.tilt), Math.sin(SURFACE.tilt)];
-  return [SURFACE.width / 2 + 128 * across, SURFACE.height - 105 - 128 * away * tiltSin - 165 * (z - 0.2) * tiltCos,
-    away];
+  const height = SURFACE.spread * away * tiltSin + SURFACE.rise * z * tiltCos;
+  return [SURFACE.width / 2 + SURFACE.spread * across, SURFACE.height - height, away];
 }
 
 // Draw a field as a shaded surface, seen from an angle, with lines on it: [{ points, color, chosen }], the last on top.

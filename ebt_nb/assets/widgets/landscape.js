@@ -26,7 +26,7 @@ function drawPanel(view, number) {
   const field = plane.fields[number];
   const levels = quantiles(field, NUM_CONTOURS);
   const [width, height] = [left + size + right, top + size + bottom];
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "ebt-chart ebt-panel",
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, class: "ebt-chart ebt-contours",
     tabindex: 0, role: "group", "aria-label": panelText(view, number), ...OWN_KEYS });
   const cell = size / (field.rows.length - 1);
   const clip = `clip-${Math.random().toString(36).slice(2)}`;
@@ -140,11 +140,11 @@ function pointFacts(view) {
   const head = element("tr", {}, ...["", "energy", "gradient norm"].map((text) => element("th", {}, text)));
   const target = frame.target === null ? "" : `; the text goes on with ${frame.target}`;
   return element("div", { class: "ebt-facts" },
-    element("h4", {}, `${path.name}, ${step ? `after step ${step}` : "the start"}`),
+    element("h4", {}, `${path.name}, ${step ? `after move ${step}` : "the start"}`),
     barChart(rows, 1, "likeliest tokens"),
     element("p", { class: "ebt-note" }, `entropy ${formatNumber(path.entropies[step])} nats${target}`),
     element("table", {}, head, ...facts),
-    lineChart(series, { title: "Energy along the path", xLabel: "step", marker: step, height: 160 }),
+    lineChart(series, { title: "Energy along the path", xLabel: "moves made", marker: step, height: 160 }),
     legend(series));
 }
 
@@ -157,16 +157,20 @@ function percent(share) {
 // What is shown now: the frame and what the reader chose among what it holds.
 class LandscapePage {
   constructor(model, redraw) {
-    Object.assign(this, { model, redraw, step: 0, pathIndex: 0, shown: "all", angle: 0.6, cross: null });
-    this.kind = model.get("frame").settings.plane;
+    Object.assign(this, { model, redraw, step: 0, pathIndex: 0, shown: "all", angle: 0.6, cross: null, ask: null });
     this.readFrame();
   }
 
   readFrame() {
     this.frame = this.model.get("frame");
-    if (!this.frame.planes[this.kind]) this.kind = this.frame.settings.plane;
+    this.showPlane(this.frame.planes[this.kind] && !this.ask ? this.kind : this.frame.settings.plane);
     this.pathIndex = Math.min(this.pathIndex, this.plane.paths.length - 1);
     this.step = Math.min(this.step, this.lastStep);
+  }
+
+  showPlane(kind) {
+    if (kind !== this.kind) this.cross = null; // its coordinates were those of the other plane
+    this.kind = kind;
   }
 
   get plane() { return this.frame.planes[this.kind]; }
@@ -241,7 +245,7 @@ function frameControls(page) {
   const { frame } = page;
   const update = (change) => (value) => { Object.assign(page, change(value)); page.redraw({}); };
   const controls = {};
-  controls.step = slider("step", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
+  controls.step = slider("move", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
   controls.play = playButton(controls.step, 900);
   controls.path = choice("candidate", [["0", "…"]], "0", update((index) => ({ pathIndex: Number(index) })));
   controls.shown = choice("landscapes", [["all", "side by side"],
@@ -278,7 +282,7 @@ function kernelControls(page) {
 function tokenButtons(page) {
   const { tokens, settings } = page.frame;
   return tokens.map((token, position) => {
-    const style = `ebt-token${position > settings.position ? " ebt-unread" : ""}`;
+    const style = `ebt-word${position > settings.position ? " ebt-unread" : ""}`;
     const chosen = position === settings.position;
     if (!page.ask) return element("span", { class: style, "aria-current": chosen && "true" }, token);
     return button(token, () => page.ask({ settings: { position } }),
@@ -313,17 +317,17 @@ function syncControls(page, controls) {
 function render({ model, el }) {
   el.classList.add("ebt-view");
   const page = new LandscapePage(model, (options) => draw(page, parts, options));
-  const asker = createAsker(model, el, () => {});
-  page.ask = model.get("has_kernel") ? asker : null;
+  if (model.get("has_kernel")) page.ask = createAsker(model, el, () => {});
+  page.message = el.querySelector(".ebt-message");
   const controls = frameControls(page);
   if (page.ask) Object.assign(controls, kernelControls(page));
   const planes = PLANES.filter(([kind]) => page.ask || page.frame.planes[kind]);
   controls.plane = choice("plane", planes, page.kind, (plane) => {
-    page.kind = page.frame.planes[plane] ? plane : page.kind;
+    if (page.frame.planes[plane]) page.showPlane(plane);
     if (page.ask) page.ask({ settings: { plane } });
     page.redraw({});
   });
-  const parts = { controls, tokens: element("div", { class: "ebt-row ebt-tokens" }), panels: element("div", {
+  const parts = { controls, tokens: element("div", { class: "ebt-row ebt-words" }), panels: element("div", {
     class: "ebt-columns" }), surface: element("canvas", { class: "ebt-surface", role: "img" }),
   facts: element("div", {}), title: element("p", { class: "ebt-note" }), read: element("output", {}) };
   el.prepend(...layout(page, parts));
@@ -337,7 +341,7 @@ function layout(page, parts) {
   const node = (...names) => names.map((name) => controls[name].node || controls[name]);
   const rows = [title, tokens];
   if (page.ask) {
-    rows.unshift(row(...node("text", "address")));
+    rows.unshift(row(...node("text", "address")), page.message);
     rows.push(row(...node("plane", "point", "tokenA", "tokenB", "another")),
       row(...node("range", "resolution", "steps", "samples", "noise")));
   } else {
@@ -347,8 +351,9 @@ function layout(page, parts) {
   const note = page.ask ? "Click or drag in a panel, or use arrow keys and Enter there: the candidate descends from it."
     : "This page has no kernel. In JupyterLab the same view takes another text, model, plane or range, and lets a "
       + "candidate descend from any point: ebt_nb.widgets.landscape.explore_landscape().";
-  const pictures = element("div", {}, panels, element("p", { class: "ebt-note" }, note, " ", read), surface);
-  return [...rows, element("div", { class: "ebt-explorer" }, pictures, facts)];
+  const pictures = element("div", { class: "ebt-columns" }, panels, surface);
+  const explained = element("div", {}, pictures, element("p", { class: "ebt-note" }, note, " ", read));
+  return [...rows, element("div", { class: "ebt-explorer" }, explained, facts)];
 }
 
 function draw(page, parts, { keepFocus = false }) {

@@ -12,6 +12,8 @@ const MEASURES = {
   difference: { label: "surprise minus that of the other model", unit: "nats", palette: DIVERGING },
 };
 
+const RULES = { lowest: "lowest energy", largest_fall: "largest fall of energy", highest: "highest energy" };
+
 // ---- what a record says ----
 
 // The values of one measure at the start and after each step, of the chosen sample.
@@ -149,7 +151,8 @@ function createTokenView(frame) {
     const [low, high] = range();
     state.frame.rows.forEach((row, r) => state.nodes[r].forEach((node, i) => {
       const shown = value(r, i, steps.value);
-      const color = shown === null ? null : mixColors(MEASURES[state.measure].palette, (shown - low) / (high - low || 1));
+      const share = (shown - low) / (high - low || 1);
+      const color = shown === null ? null : mixColors(MEASURES[state.measure].palette, share);
       node.style.background = color ? cssColor(color) : "none";
       node.style.color = color ? inkOn(color) : "inherit";
       node.classList.toggle("ebt-unscored", !color);
@@ -167,7 +170,7 @@ function createTokenView(frame) {
     const { rows, tokens } = state.frame;
     const shown = rows.filter((row) => recordsOf(row, state.run)[state.selected]);
     const kind = isDrawn(state.frame, state.selected) ? "drawn token" : "true token";
-    panels.replaceChildren(...shown.map((row) => predictionPanel(row.name, tokens, state.selected,
+    panels.replaceChildren(...shown.map((row) => predictionPanel(row, tokens, state.selected,
       recordsOf(row, state.run)[state.selected], steps.value, kind)));
     if (!shown.length) {
       panels.append(element("p", { class: "ebt-note" }, tokens.length
@@ -180,7 +183,7 @@ function createTokenView(frame) {
     play.stop();
     const wasAtEnd = steps.value >= Number(steps.input.max);
     state.frame = next;
-    if (!next.rows.every((row) => row.runs[state.run])) state.run = "own";
+    if (!next.rows.some((row) => row.runs[state.run])) state.run = "own";
     const hasEnergies = numSteps(next.rows, state.run) > 0;
     const names = Object.keys(MEASURES).filter((name) => name === "surprise"
       || (name === "difference" ? next.rows.length > 1 : hasEnergies));
@@ -207,19 +210,20 @@ function createTokenView(frame) {
 
 // ---- one prediction ----
 
-function predictionPanel(title, tokens, index, record, step, kind) {
+function predictionPanel(row, tokens, index, record, step, kind) {
   const last = record.tokens.length - 1;
   const shown = Math.min(step, last);
   const before = tokens.slice(0, index).join("").slice(-32);
   const where = last ? (shown ? `after step ${shown} of ${last}` : "at the start") : "in one pass";
-  const heading = `${title}: what follows “…${before.replaceAll("\n", "⏎")}”, ${where}`;
+  const heading = `${row.name}: what follows “…${before.replaceAll("\n", "⏎")}”, ${where}`;
   const bars = barChart(barRows(record, shown), 1, heading);
   const node = element("div", { class: "ebt-prediction" }, element("h4", {}, heading));
   const values = ["nll", "entropy", "largest"].map((name) => formatNumber(record[name][record.chosen][shown]));
   const facts = element("p", { class: "ebt-note" },
     `${kind[0].toUpperCase()}${kind.slice(1)} ${record.target} (orange): surprise ${values[0]} nats. ` +
     `Entropy ${values[1]} nats.`);
-  node.append(element("div", { class: "ebt-columns" }, element("div", {}, bars, facts), stepCharts(record, shown, kind)));
+  const likeliest = element("div", { class: "ebt-likeliest" }, bars, facts);
+  node.append(element("div", { class: "ebt-columns" }, likeliest, stepCharts(row, record, shown, kind)));
   return node;
 }
 
@@ -255,7 +259,7 @@ function sampleSeries(record, ofSample) {
   ];
 }
 
-function stepCharts(record, step, kind) {
+function stepCharts(row, record, step, kind) {
   const charts = element("div", { class: "ebt-charts" });
   if (!record.landscapes.length) return charts;
   const curve = (name) => (sample) => [{ name: "chosen", marked: true, color: COLORS[0],
@@ -267,7 +271,7 @@ function stepCharts(record, step, kind) {
   const size = { width: 240, height: 150, xLabel: "step", marker: step };
   charts.append(
     lineChart(energies, { ...size, title: "energy" }),
-    lineChart(sampleSeries(record, curve("norm")), { ...size, title: "gradient norm, before a step",
+    lineChart(sampleSeries(record, curve("norm")), { ...size, title: "gradient norm",
       marker: Math.min(step, record.landscapes.length - 1) }),
     lineChart(sampleSeries(record, curve("entropy")), { ...size, title: "entropy (nats)" }),
     lineChart([...sampleSeries(record, curve("largest")), truth], { ...size, title: "largest probability" }),
@@ -276,9 +280,9 @@ function stepCharts(record, step, kind) {
   keys.push(truth);
   if (record.nll.length > 1) {
     keys.push({ name: `${record.nll.length - 1} other samples`, color: "#767676", dashed: true });
-    keys.push({ name: `chosen: sample ${record.chosen + 1}`, color: COLORS[0] });
+    keys.push({ name: `sample ${record.chosen + 1}, chosen by ${RULES[row.select]}`, color: COLORS[0] });
   }
-  return element("div", { style: "flex: 1 1 430px; min-width: 0" }, charts, legend(keys));
+  return element("div", { class: "ebt-curves" }, charts, legend(keys));
 }
 
 // ---- settings of thinking, which a kernel answers ----

@@ -32,13 +32,14 @@ function render({ model, el }) {
 // How far each run is, in its color.
 function runTable(runs) {
   const table = element("table");
-  const heads = ["model", "state", "update", "training loss", "validation loss", "time"];
+  const hasTime = runs.some((run) => run.seconds !== null);
+  const heads = ["model", "state", "update", "training loss", "validation loss", ...(hasTime ? ["time"] : [])];
   table.append(element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head))));
   runs.forEach((run, number) => {
     const mark = element("i", { style: `border-top: 3px solid ${COLORS[number % COLORS.length]}` });
     const name = element("td", {}, element("span", { class: "ebt-legend" }, element("span", {}, mark, run.name)));
     const cells = [run.state, `${run.step} of ${run.max_steps}`, formatNumber(lastValue(run, "training"), 4),
-      formatNumber(lastValue(run, "validation"), 4), `${run.seconds} s`];
+      formatNumber(lastValue(run, "validation"), 4), ...(hasTime ? [`${run.seconds} s`] : [])];
     table.append(element("tr", {}, name, ...cells.map((cell) => element("td", {}, cell))));
   });
   return table;
