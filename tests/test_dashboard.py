@@ -182,7 +182,7 @@ def test_growing_metrics_appear(tmp_path, visit):
     assert cut["curves"][0]["points"] == [[10, 6.0]] and cut["table"]["runs"][0]["step"] == 10
     (run.dir / "metrics.csv").write_text("no,metrics\nx,y\n")
     damaged = visitor.ask(chosen=["one"], digest=cut["digest"])
-    assert "metrics.csv: not the metrics of a run" in str(damaged)
+    assert damaged["chosen"] == [] and "metrics.csv: not the metrics of a run" in damaged["table"]["problems"][0]
 
 
 def test_a_run_is_stopped_only_where_it_is_allowed(tmp_path, visit):

@@ -160,45 +160,62 @@ class ChosenRuns:
 
     Attributes:
         table: the table from which they are chosen.
+        addresses: the chosen runs.
     """
+
+    KEEP_SECONDS = 30  # for another page, which has chosen other runs and asks in turn
 
     def __init__(self, table: RunTable):
         self.table = table
+        self.addresses: list[str] = []
         self._curves: dict[str, Curves] = {}
+        self._last_use: dict[str, float] = {}
         self._configs: dict[str, tuple[tuple[int, ...] | None, dict[str, Any]]] = {}
 
     def select(self, addresses: Iterable[str]) -> list[str]:
-        "Keep these runs, and forget others; return those that exist. Raises WorkbenchError for too many."
-        chosen = [address for address in dict.fromkeys(addresses) if address in self.table.runs]
+        """Choose runs, and read what is new of them; return those that exist and can be read.
+
+        What was not chosen for a while is forgotten. Raises WorkbenchError for too many runs.
+        """
+        known = [address for address in dict.fromkeys(addresses) if address in self.table.runs]
+        chosen = [address for address in known if not self.table.runs[address].problem]
         if len(chosen) > MAX_CHOSEN:
             raise WorkbenchError(f"{len(chosen)} runs are chosen, and a chart holds {MAX_CHOSEN}; choose fewer")
-        self._curves = {address: self._curves.get(address) or self._new_curves(address) for address in chosen}
-        self._configs = {address: entry for address, entry in self._configs.items() if address in chosen}
-        for curves in self._curves.values():
+        self.addresses = chosen
+        self._last_use |= dict.fromkeys(chosen, time.monotonic())
+        self._forget_unused()
+        for address in chosen:
+            curves = self._curves.setdefault(address, Curves(self.table.root / address))
             curves.refresh()
         return chosen
 
-    def _new_curves(self, address: str) -> Curves:
-        return Curves(self.table.root / address)
+    def _forget_unused(self) -> None:
+        "Forget the runs that were not chosen for a while."
+        now = time.monotonic()
+        for address, last_use in list(self._last_use.items()):
+            if now - last_use > self.KEEP_SECONDS:
+                del self._last_use[address]
+                self._curves.pop(address, None)
+                self._configs.pop(address, None)
 
     def metrics(self) -> list[str]:
         "Return the names of all metrics of the chosen runs: losses of validation and training first."
-        names = dict.fromkeys(name for curves in self._curves.values() for name in curves.steps)
+        names = {name for address in self.addresses for name in self._curves[address].steps}
         return sorted(names, key=lambda name: (name not in ("val/loss", "train/loss"), name != "val/loss", name))
 
     def curves(self, metric: str, limit: int = 400) -> list[dict[str, Any]]:
         "Return the points of a metric of each chosen run that has measured it."
-        found = [(address, curves.points(metric, limit)) for address, curves in self._curves.items()]
+        found = [(address, self._curves[address].points(metric, limit)) for address in self.addresses]
         return [{"run": address, "points": points} for address, points in found if points]
 
     def differences(self) -> list[dict[str, Any]]:
         "Return the configuration keys in which the chosen runs differ, with the value of each as text."
-        for address in self._curves:
+        for address in self.addresses:
             path = self.table.root / address / "config.yaml"
             signature = file_signature(path)
             if self._configs.get(address, (None,))[0] != signature:
                 self._configs[address] = signature, flatten_config(self.table.run(address))
-        configs = [self._configs[address][1] for address in self._curves]
+        configs = [self._configs[address][1] for address in self.addresses]
         rows = find_differences(configs) if len(configs) > 1 else {}
         return [{"key": key, "values": ["-" if value is None else str(value) for value in rows[key]]} for key in rows]
 

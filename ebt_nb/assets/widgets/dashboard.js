@@ -25,6 +25,10 @@ function lineStyle(number) {
   return { color: COLORS[number % COLORS.length], dashed: number >= COLORS.length };
 }
 
+function shorten(text, length) {
+  return text.length > length ? `${text.slice(0, length - 1)}…` : text;
+}
+
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -102,9 +106,10 @@ function newRow(board, run) {
 function fillRow(board, entry, row) {
   const isResuming = (board.shown.resuming || []).includes(row.run);
   const state = isResuming ? "… resuming" : `${STATE_MARKS[row.status] || ""} ${row.status}`;
+  const reason = row.error && !isResuming ? `: ${shorten(row.error, 48)}` : "";
   const speed = row.speed === null ? "–" : `${Math.round(row.speed).toLocaleString("en")} ${row.unit}/s`;
   const texts = [
-    `${state}${row.job ? ` (job ${row.job})` : ""}`,
+    `${state}${row.job ? ` (job ${row.job})` : ""}${reason}`,
     `${row.step ?? 0} of ${row.max_steps}`,
     formatLoss(row.train_loss),
     formatLoss(row.val_loss),
