@@ -20,7 +20,7 @@ NUM_CORES = min(2, os.cpu_count() or 1)
 NUM_TEST_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, NUM_CORES // NUM_TEST_PROCESSES))
 
-gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/15_main`)
+gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/13_main`)
 
 type_checks.install()  # before anything imports the package
 

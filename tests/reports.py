@@ -9,7 +9,8 @@ def check_report(folder: Path) -> nbformat.NotebookNode:
     "Check the report in an experiment folder, and return the executed notebook."
     report = nbformat.read(folder / "report.ipynb", 4)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    title, summary = report.cells[:2]
+    title, imports, summary = report.cells[:3]
+    assert not imports.outputs and "import ReportSummary" in imports.source
     assert title.cell_type == "markdown" and title.source.startswith("# ")
     text, figure = (output["data"] for output in summary.outputs)
     assert text["text/markdown"].startswith("## Summary\n\n") and "has not finished" not in text["text/markdown"]

@@ -1,4 +1,4 @@
-"Run `nbdev_test` with rarer searches for garbage, as `ebt` does (`cli/15_main`)."
+"Run `nbdev_test` with rarer searches for garbage, as `ebt` does (`cli/13_main`)."
 
 import gc
 

@@ -5,7 +5,7 @@ import re
 
 import structure
 
-from ebt_nb.jobs.lab import WIDGET_VIEW
+from ebt_nb.jobs.reports import WIDGET_VIEW
 
 
 def test_imports_go_down_and_not_in_circles():
@@ -78,7 +78,7 @@ def test_notebooks_and_modules_that_are_mentioned_exist():
 
 
 def test_committed_outputs_need_no_kernel():
-    "A live widget in a committed output would hide what it shows without a kernel (`jobs/22_lab`)."
+    "A live widget in a committed output would hide what it shows without a kernel (`jobs/27_lab`)."
     live = []
     for path in sorted((structure.ROOT / "nbs").rglob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

@@ -172,7 +172,7 @@ class SignalForwarder:
 # %% ../../nbs/jobs/02_notebook_jobs.ipynb #3d9d8aa7
 KERNEL_ARGUMENTS = [
     "--IPKernelApp.log_level=50",
-    "--IPKernelApp.exec_lines=__import__('gc').set_threshold(10_000)",  # as in `cli/15_main`: imports are faster
+    "--IPKernelApp.exec_lines=__import__('gc').set_threshold(10_000)",  # as in `cli/13_main`: imports are faster
 ]
 
 
