@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from browser import (
     CHROMIUM,
@@ -17,13 +18,19 @@ from browser import (
     NOTEBOOK,
     choose,
     clone_working_tree,
+    error_outputs,
     git,
     open_browser,
     open_notebook,
     run_all,
     save,
     serve_lab,
+    wait_idle,
 )
+from nbformat.v4 import new_code_cell, new_notebook
+from test_dashboard import Visitor, make_run
+
+from ebt_nb.runs.metrics import MetricsFile
 
 MISSING = [
     name
@@ -101,6 +108,65 @@ def test_start_here_runs_and_leaves_the_checkout_clean(lab, page):
     save(page)  # Lab does not take the cleaned file for one that another program has changed
     assert git(lab.root, "status", "--short") == ""
     assert len(list((lab.root / "runs/first").iterdir())) == 1
+
+
+def test_a_text_is_thought_and_a_prompt_is_continued(lab, page):
+    sources = [
+        "from ebt_nb.widgets.prompt import prompt_box\nfrom ebt_nb.widgets.thinking import watch_thinking",
+        "watch_thinking(text='It was a truth universally acknowledged.')",
+        "prompt_box()",
+    ]
+    book = new_notebook(cells=[new_code_cell(source) for source in sources])
+    (lab.root / "runs").mkdir(exist_ok=True)  # git ignores it
+    nbformat.write(book, lab.root / "runs/views.ipynb")
+    open_notebook(page, lab, "runs/views.ipynb")
+    run_all(page)
+    player, box = page.locator(f"{NOTEBOOK} .ebt-view").all()
+    choose_token(player)
+    player.locator('input[aria-label="steps"]').press("End")
+    page.locator(f'{NOTEBOOK} .ebt-view[data-busy="false"]').first.wait_for()
+    write_prompt(box, "She was")
+    wait_idle(page)
+    assert error_outputs(page) == []
+
+
+def choose_token(view):
+    "Click a token of a text and go through its steps; what is shown of it changes each time."
+    tokens = view.get_by_role("option")
+    before = view.inner_text()
+    tokens.nth(3).click()
+    assert tokens.nth(3).get_attribute("aria-selected") == "true" and view.inner_text() != before
+    before = view.inner_text()
+    view.locator('input[aria-label="step"]').press("Home")
+    assert view.inner_text() != before
+
+
+def write_prompt(view, prompt):
+    "Type a prompt and let the model continue it, all at once."
+    number = view.get_by_role("option").count()
+    view.locator('select[aria-label="show steps"]').select_option(label="at once")
+    view.locator('input[aria-label="new tokens"]').press("Home")
+    view.locator('input[aria-label="prompt"]').fill(prompt)
+    view.get_by_role("button", name="generate").click()
+    view.locator("button:disabled", has_text="stop").wait_for(state="attached")
+    assert view.get_by_role("option").count() != number
+    assert not view.locator(".ebt-message").text_content()
+
+
+def test_the_dashboard_draws_a_run_that_grows(tmp_path, page):
+    run = make_run(tmp_path / "runs/growing", status="running")
+    visitor = Visitor(tmp_path / "runs", allow_actions=False)
+    try:
+        page.goto(visitor.server.url)
+        assert "token" not in page.url
+        page.get_by_role("checkbox").first.check()
+        page.locator(".ebt-chart").first.wait_for()
+        before = page.locator("table").first.inner_text()
+        MetricsFile(run.dir / "metrics.csv").append({"step": 20, "train/loss": 5.0})
+        page.wait_for_function("text => document.querySelector('table').innerText != text", arg=before)
+        assert "20 of 100" in page.locator("table").first.inner_text()
+    finally:
+        visitor.close()
 
 
 def walk_in_landscape(view):

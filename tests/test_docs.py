@@ -1,13 +1,17 @@
 "The documentation site: a room of notebooks is built and every link of it is followed; the workflow that deploys it."
 
+import importlib.util
+import queue
 import shutil
+import threading
 
 import pytest
 import yaml
+from browser import CHROMIUM, open_browser
 
 import ebt_nb.cli.main  # noqa: F401  registers the commands
 from ebt_nb.cli.commands import capture_command
-from ebt_nb.jobs.docs import build_site
+from ebt_nb.jobs.docs import build_site, serve_site
 from ebt_nb.jobs.docs_links import find_broken_references, read_references
 
 ROOM = "thinking"
@@ -51,6 +55,23 @@ def test_notebooks_and_modules_link_to_each_other(site):
 def test_every_page_is_in_the_sidebar_of_its_room(site):
     followed = set(read_references(site.folder / "thinking/01_descent.html").followed)
     assert {path.name for path in (site.folder / ROOM).glob("0*.html")} - {"01_descent.html"} <= followed
+
+
+@pytest.mark.skipif(not CHROMIUM or not importlib.util.find_spec("playwright"), reason="no Chromium or no playwright")
+def test_a_reader_searches_the_site(site):
+    addresses = queue.Queue()
+    threading.Thread(target=serve_site, args=(site.folder, addresses.put), daemon=True).start()
+    with open_browser() as browser:
+        page = browser.new_page()
+        faults = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(addresses.get(timeout=60))
+        assert "EBT Workbench" in page.locator("h1").first.text_content()
+        page.locator('input[name="q"]').first.fill("Descent")
+        page.locator('input[name="q"]').first.press("Enter")
+        page.locator("#search-results li a", has_text="Descent").first.click()
+        page.wait_for_url("**/thinking/**")
+        assert page.locator("h1").count() == 1 and faults == []
 
 
 def test_an_unknown_folder_is_not_replaced_and_the_command_says_so(tmp_path):

@@ -245,7 +245,7 @@ function frameControls(page) {
   const { frame } = page;
   const update = (change) => (value) => { Object.assign(page, change(value)); page.redraw({}); };
   const controls = {};
-  controls.step = slider("move", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
+  controls.step = slider("step", { min: 0, max: page.lastStep, value: page.step }, update((step) => ({ step })));
   controls.play = playButton(controls.step, 900);
   controls.path = choice("candidate", [["0", "…"]], "0", update((index) => ({ pathIndex: Number(index) })));
   controls.shown = choice("landscapes", [["all", "side by side"],
