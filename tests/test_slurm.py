@@ -363,6 +363,21 @@ def test_job_scripts_with_sbatch(cluster, workspace):
 
 
 @run_concurrently
+def test_models_of_video_train_as_an_array(cluster, workspace):
+    script = workspace.write_script("clips.sh", f'exec {EBT} train --preset video/quickstart "$@"')
+    small = {"data.source": "moving_fashion", "data.image_size": 16, "data.context": 4, "data.max_documents": 4}
+    trunk = {key: SMALL[key] for key in SMALL if key.startswith(("model.", "trainer."))}
+    folders = {"run.runs_dir": workspace.folder / "runs", "data.cache_dir": workspace.folder / "cache"}
+    kinds = ["video_ebt", "video_transformer"]
+    options = ["--cluster", "local_cpu", "--array", f"model.kind={','.join(kinds)}"]
+    number, _ = workspace.submit(script, *options, *as_arguments(trunk | small | folders))
+    jobs = cluster.wait_for_jobs(number)
+    assert {job["JobState"] for job in jobs} == {"COMPLETED"}, [read_output(job) for job in jobs]
+    runs = find_runs(workspace.folder / "runs")
+    assert sorted((run.config.model.kind, run.status) for run in runs) == [(kind, "done") for kind in kinds]
+
+
+@run_concurrently
 def test_warned_job_is_queued_again_and_resumes(cluster, workspace):
     """A job that is warned in time saves, has itself queued again, and resumes, bit for bit.
 

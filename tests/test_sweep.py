@@ -54,14 +54,14 @@ TINY = {
 def sweep_file(tmp_path):
     "A function that writes the file of a sweep of tiny models with these parameters."
 
-    def write(parameters, settings=None, **changes):
+    def write(parameters, settings=None, preset="text/quickstart", **changes):
         fixed = TINY | {"run.runs_dir": str(tmp_path / "runs")} | (settings or {})
         command = [
             "${env}",
             "${program}",
             "train",
             "--preset",
-            "text/quickstart",
+            preset,
             *(f"{key}={value}" for key, value in fixed.items()),
             "${args_no_hyphens}",
         ]
@@ -156,6 +156,18 @@ def test_two_agents_share_a_grid_and_no_point_is_run_twice(sweep_file, tmp_path,
     assert validation_losses(again) == list(best.history.values())
     code, out, _ = ebt("sweep", folder, "--list")
     assert code == 0 and len(out.splitlines()) == 13 and format_settings(best.values) in out
+
+
+def test_models_of_video_are_trials_like_others(sweep_file, tmp_path, ebt):
+    small = {"data.image_size": 16, "data.context": 4, "data.max_documents": 4, "data.cache_dir": tmp_path / "cache"}
+    kinds = ["video_ebt", "video_transformer"]
+    file = sweep_file({"model.kind": {"values": kinds}}, small, preset="video/quickstart")
+    code, out, err = ebt("sweep", file, "--dir", tmp_path / "clips")
+    assert code == 0, out + err
+    trials = read_trials(tmp_path / "clips")
+    runs = [Run.open(tmp_path / "clips" / trial.run) for trial in trials]
+    assert {trial.state for trial in trials} == {"done"} and [run.config.model.kind for run in runs] == kinds
+    assert [trial.value for trial in trials] == [min(validation_losses(run)) for run in runs]
 
 
 # `ebt` that trains until the third validation of its first trial, and then waits
