@@ -69,9 +69,8 @@ def test_report_shows_what_was_promised(job):
     num_figures = count_figures(report)
     page = (job[1] / "report.html").read_text(encoding="utf-8")
     assert num_figures >= 7 and page.count("<img") >= num_figures
-    assert page.count('class="ebt-view" data-view=') == 1 and "widget-view" not in (job[1] / "report.ipynb").read_text(
-        encoding="utf-8"
-    )
+    assert page.count('class="ebt-view" data-view=') == 2  # a landscape, and a text token by token
+    assert "widget-view" not in (job[1] / "report.ipynb").read_text(encoding="utf-8")
     sources = [cell.source for cell in report.cells if cell.cell_type == "markdown"]
     headings = [line for source in sources for line in source.splitlines() if line.startswith("## ")]
     assert headings == [
@@ -86,13 +85,14 @@ def test_report_shows_what_was_promised(job):
             "Energy and negative log-likelihood",
             "Easy and uncertain tokens",
             "A sample",
+            "A text, token by token",
         )
     ]
 
 
 def test_summary_speaks_of_this_run(job):
     "The losses in the first output of the report are those in the metrics of its runs."
-    summary = check_report(job[1]).cells[1].outputs[0].data["text/markdown"]
+    summary = check_report(job[1]).cells[2].outputs[0].data["text/markdown"]
     losses = {}
     for name in ("ebt", "transformer"):
         losses[name] = [row for row in Run.open(job[1] / name).metrics if "val/loss" in row][-1]["val/loss"]
