@@ -6,6 +6,7 @@ The server answers in a thread of this process.
 import asyncio
 import http.client
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from ebt_nb.runs.folders import Run
 from ebt_nb.runs.metrics import MetricsFile
 from ebt_nb.widgets.dashboard import DashboardState
 from ebt_nb.widgets.dashboard_server import MAX_REQUEST_BYTES, TOKEN_HEADER, DashboardServer
+from ebt_nb.widgets.run_table import RunTable
 
 STAND_IN = "import time; log = open({path!r}, 'a'); print('ready', flush=True); time.sleep(300)"
 
@@ -71,7 +73,9 @@ class Visitor:
 
 
 @pytest.fixture
-def visit(tmp_path):
+def visit(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunTable, "WALK_SHARE", 0)  # a test must not depend on the load of the machine
+    monkeypatch.setattr(RunTable, "READ_SECONDS", math.inf)
     visitors = []
 
     def start(allow_actions=False):

@@ -58,6 +58,7 @@ class RunTable:
     """
 
     WALK_SHARE = 20  # a walk takes at most one part in so many of the time
+    READ_SECONDS = 0.5  # that a refresh spends on runs that are new
 
     def __init__(self, runs_dir: Path | str = "runs"):
         self.root = Path(runs_dir).expanduser().absolute()
@@ -68,8 +69,8 @@ class RunTable:
         self._sweep: tuple[Any, dict[str, Any]] = (None, {})
         self._next_walk = 0.0
 
-    def refresh(self, seconds: float = 0.5) -> None:
-        "Read what has changed below the root; of runs that are new, as many as `seconds` allow, and at least one."
+    def refresh(self) -> None:
+        "Read what has changed below the root; of runs that are new, as many as READ_SECONDS allow, and at least one."
         start = time.monotonic()
         if start >= self._next_walk:
             self._walk()
@@ -85,7 +86,7 @@ class RunTable:
         for run in new:
             run.refresh()
             self.unread -= 1
-            if time.monotonic() - start > seconds:
+            if time.monotonic() - start > self.READ_SECONDS:
                 break
 
     def _walk(self) -> None:
