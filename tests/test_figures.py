@@ -57,3 +57,17 @@ def test_figures_are_made_in_one_place():
         if path != FIGURES and any(re.search(r"\bplt\.subplots\(", source) for source in sources):
             by_hand.append(str(path.relative_to(NOTEBOOKS)))
     assert not by_hand, "use ebt_nb.runs.figures.create_figure"
+
+
+@pytest.mark.agreement
+def test_kept_pages_of_views_hold_the_present_scripts():
+    script = (NOTEBOOKS.parent / "ebt_nb/assets/widgets/common.js").read_text(encoding="utf-8")
+    pages, stale = 0, []
+    for path, notebook in notebooks():
+        for cell in notebook["cells"]:
+            htmls = ["".join(output.get("data", {}).get("text/html", "")) for output in cell.get("outputs", [])]
+            views = [html for html in htmls if 'class="ebt-view" data-view=' in html]
+            pages += len(views)
+            if not all(script in html for html in views):
+                stale.append(f"{path.relative_to(NOTEBOOKS)} cell {cell['id']}")
+    assert pages >= 8 and not stale, "run these notebooks again, and keep the pages of their views"

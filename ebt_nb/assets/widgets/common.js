@@ -174,7 +174,7 @@ function niceTicks(low, high, count = 4) {
 // yLabel, width, height, marker (an x at which a vertical line stands). Points with y === null are left out.
 function lineChart(series, options = {}) {
   const { width = 340, height = 190, title = "", xLabel = "", yLabel = "", marker = null } = options;
-  const margin = { left: 52, right: 18, top: title ? 24 : 10, bottom: 36 };
+  const margin = { left: 62, right: 18, top: title ? 24 : 10, bottom: 36 };
   const points = series.flatMap((one) => one.points.filter((point) => point[1] !== null));
   const [xLow, xHigh] = extent(points.map((point) => point[0]));
   let [yLow, yHigh] = extent(points.map((point) => point[1]));
