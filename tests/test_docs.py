@@ -23,6 +23,7 @@ def site(root, tmp_path_factory):
     "The site of the landing page and one room."
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(root / "nbs" / ROOM, folder / "nbs" / ROOM, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(root / "nbs/images", folder / "nbs/images")
     shutil.copy(root / "nbs/index.ipynb", folder / "nbs/index.ipynb")
     return build_site(folder / "nbs", folder / "site")
 

@@ -160,9 +160,10 @@ def test_every_other_notebook_is_run_by_nbdev(root):
 def test_every_experiment_opens_with_its_summary():
     "The summary is reserved below the title and written by the last cell; results of the committed run are tagged."
     for path in experiment_notebooks():
-        front_matter, title, summary, *rest = nbformat.read(path, 4).cells
+        front_matter, title, imports, summary, *rest = nbformat.read(path, 4).cells
         assert front_matter.cell_type == "raw" and title.source.startswith("# "), path.name
-        assert summary.source.endswith("summary = ReportSummary()"), path.name
+        assert imports.source == "from ebt_nb.analysis.summary import ReportSummary", path.name
+        assert summary.source == "summary = ReportSummary()", path.name
         assert "summary.finish(" in [cell for cell in rest if cell.cell_type == "code"][-1].source, path.name
         for cell in rest:
             is_committed = "committed" in cell.metadata.get("tags", [])
@@ -175,7 +176,8 @@ def test_an_experiment_executed_by_hand_works_below_the_folder_of_runs():
         code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
         [number] = [number for number, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
         assert re.search(r'^run_dir = ""', code[number].source, re.MULTILINE), path.name
-        assert f'choose_run_dir(run_dir, "{path.stem}")' in code[number + 1].source, path.name
+        _imports, chosen = code[number + 1 : number + 3]
+        assert f'choose_run_dir(run_dir, "{path.stem}")' in chosen.source, path.name
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
