@@ -120,6 +120,10 @@ def open_notebook(page, lab: Lab, path: str | None = None) -> None:
     "Open a notebook (the page that Lab opens by itself, without a path), and wait for its kernel."
     page.goto(f"{lab.url}{f'lab/tree/{path}' if path else ''}?token={lab.token}")
     page.locator(NOTEBOOK).wait_for()
+    if path:  # Lab opens what was open before as well
+        name = Path(path).name
+        page.locator(".lm-TabBar-tab.lm-mod-current", has_text=name).first.wait_for()
+        page.locator(".jp-StatusBar-Widget").get_by_text(name, exact=True).first.wait_for()
     wait_idle(page)
 
 
