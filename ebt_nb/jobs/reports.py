@@ -106,8 +106,10 @@ def finish_report(report: Path) -> Path:
     import nbformat
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     notebook = nbformat.read(report, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # a kernel may send each line alone
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
