@@ -22,7 +22,7 @@ from ebt_nb.analysis.landscape import (
     energy_at_position,
     fit_plane,
 )
-from .text_trace import TextTrace, trace_text
+from .text_trace import TextTrace, find_token, trace_text
 from .traces import show_whitespace
 from ..config.data import IGNORE_INDEX
 from ..config.errors import ConfigError, WorkbenchError, suggest
@@ -319,11 +319,7 @@ class EBT:
     def _token_id(self, token: str | int) -> int:
         "Return the id of a token. Raises WorkbenchError for an id outside the vocabulary, and text that is no token."
         if isinstance(token, str):
-            ids = encode_prompt("token", token, self.tokenizer)
-            if len(ids) != 1:
-                parts = " ".join(self._show(part) for part in ids)
-                raise WorkbenchError(f"token: {token!r} is {len(ids)} tokens ({parts}); give them one at a time")
-            return ids[0]
+            return find_token("token", token, self.tokenizer)
         check_token_ids("token", [token], self.config.model.vocab_size)
         return token
 
