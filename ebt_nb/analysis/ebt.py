@@ -23,7 +23,7 @@ from .traces import show_whitespace
 from ..config.data import IGNORE_INDEX
 from ..config.errors import ConfigError, WorkbenchError, suggest
 from ..config.kinds import RunConfig, section_fields
-from ..config.overrides import build_config, default_runs_dir, override_config
+from ..config.overrides import build_config, override_config
 from ..data.registry import build_data_module
 from ..data.tokenizers import load_tokenizer
 from ..inference.evaluate_text import check_split
@@ -31,7 +31,7 @@ from ..inference.generate import load_generator
 from ..inference.loading import load_for_inference, read_inference_config, with_inference_settings
 from ..inference.next_token import freeze_for_inference
 from ..inference.sampling import check_token_ids, encode_prompt
-from ..runs.addresses import find_checkpoint
+from ..runs.addresses import find_checkpoint, find_runs_dir
 from ..thinking.embedding_space import EmbeddingSpace
 from ..thinking.verify import final_energy, relative_energy, select_sample_index
 from ..training.base import Batch, EnergyTrainingModule, TrainingModule
@@ -108,7 +108,7 @@ class WorkbenchModel:
         `settings` for inference are as for `think`. Raises RunError or HubError when there is nothing at the address,
         CheckpointError for a file that cannot be used, ConfigError for settings that do not exist.
         """
-        path = find_checkpoint(str(address), default_runs_dir())
+        path = find_checkpoint(str(address), find_runs_dir())
         settings = expand_inference_keys(read_inference_config(path), settings)
         return cls(load_for_inference(path, settings))
 
