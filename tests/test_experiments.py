@@ -195,7 +195,7 @@ def test_an_experiment_runs(name, tmp_path):
     assert (folder / "summary.txt").stat().st_size > 20 and (folder / "report.html").stat().st_size > 10_000
 
 
-def test_the_report_on_a_sweep_runs(tmp_path):
+def test_the_report_on_a_sweep_runs(tmp_path, caplog):
     pytest.importorskip("optuna", reason="the extra sweep is not installed")
     fixed = TEXT | {"data.cache_dir": str(tmp_path / "cache"), "run.runs_dir": str(tmp_path / "runs")}
     search = {
@@ -209,6 +209,7 @@ def test_the_report_on_a_sweep_runs(tmp_path):
     settings = [word for key, value in fixed.items() for word in ("-p", f"{key}={value}")]
     assert main(["sweep", str(tmp_path / "sweep.yaml"), "--dir", str(tmp_path / "sweep"), *settings]) == 0
     folder = run_notebook("sweep_report", None, {"sweep": str(tmp_path / "sweep")}, tmp_path / "reports")
+    assert "unknown parameter" not in caplog.text  # papermill does not know parameters with some annotations
     report = check_report(folder)
     assert "4 done: grid search" in text_of(report) and count_figures(report) >= 4
     assert (folder / "best.yaml").is_file() and "4 done" in (folder / "summary.txt").read_text()

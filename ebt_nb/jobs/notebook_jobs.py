@@ -10,6 +10,7 @@ __all__ = ['KERNEL_ARGUMENTS', 'NotebookFailed', 'prepare_unless_embedded', 'pre
 
 # %% ../../nbs/jobs/02_notebook_jobs.ipynb #3a3a9988
 import json
+import logging
 import os
 import signal
 import sys
@@ -191,6 +192,8 @@ def execute_job(job: NotebookJob, notebook: "NotebookNode") -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    # names are checked before; papermill does not know those with annotations such as `str | Path`, and warns
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     report = job.folder / "report.ipynb"
     with open_console_log(job.folder) as log, SignalForwarder() as forwarder:
         terminal = Tee(sys.stdout, log)
