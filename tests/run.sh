@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY=passive    # as in `ebt`: a thread that waits leaves its 
 bash job_scripts/setup.sh || exit 1
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$work"' EXIT
 python=.venv/bin/python
 passed=0 failed=0
 
@@ -38,9 +38,19 @@ echo "== notebooks and package agree"
 "$python" -m pytest -q tests -m agreement --junitxml "$work/agree.xml"
 count_tests "$work/agree.xml"
 
+# Notebooks are run beside the tests: many tests wait for processes that they started, which leaves a core free.
+OMP_NUM_THREADS=1 "$python" tests/run_notebooks.py --n_workers 1 --timing >"$work/notebooks.log" 2>&1 &
+running_notebooks=$!
+
+echo "== tests"
+"$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadscope --no-loadscope-reorder --durations 25 \
+    --junitxml "$work/tests.xml"
+count_tests "$work/tests.xml"
+
 echo "== notebooks"
-OMP_NUM_THREADS=1 "$python" tests/run_notebooks.py --n_workers 2 --timing 2>&1 | tee "$work/notebooks.log"
-status=${PIPESTATUS[0]}
+wait "$running_notebooks"
+status=$?
+cat "$work/notebooks.log"
 # Notebooks that nbdev_test really runs: not those whose front matter says skip_exec.
 notebooks=$("$python" - <<'RUN'
 from fastcore.basics import str2bool
@@ -55,11 +65,6 @@ bad=$(sed -n '/^nbdev Tests Failed On The Following Notebooks/,$p' "$work/notebo
     grep -c '^[[:space:]].*\.ipynb$')
 if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then bad=1; fi
 passed=$((passed + notebooks - bad)) failed=$((failed + bad))
-
-echo "== tests"
-"$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadscope --no-loadscope-reorder --durations 25 \
-    --junitxml "$work/tests.xml"
-count_tests "$work/tests.xml"
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

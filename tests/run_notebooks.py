@@ -1,8 +1,13 @@
-"Run `nbdev_test` with rarer searches for garbage, as `ebt` does (`cli/13_main`)."
+"""Run `nbdev_test` with rarer searches for garbage, as `ebt` does (`cli/13_main`).
+
+A shell starts background jobs with interrupts ignored; some notebooks test what an interrupt does.
+"""
 
 import gc
+import signal
 
 from nbdev.test import nbdev_test
 
 gc.set_threshold(10_000)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 nbdev_test()

@@ -36,7 +36,7 @@ from ..data.tokenizers import TextTokenizer
 from ..inference.generate import TextGenerator, load_generator
 from ..inference.next_token import freeze_for_inference
 from ..inference.sampling import check_token_ids, encode_prompt
-from ..runs.addresses import find_checkpoint
+from ..runs.addresses import find_checkpoint, find_runs_dir
 from ..thinking.descent import Trace
 from ..training.base import TrainingModule
 
@@ -138,9 +138,9 @@ def explore(
     if is_kept(PATH_KEYS):
         generator, observed, trace, facts = previous.generator, previous.observed, previous.trace, previous.facts
     else:
-        generator = (
-            previous.generator if is_kept(MODEL_KEYS) else load_generator(module or find_checkpoint(settings.address))
-        )
+        generator = previous.generator if is_kept(MODEL_KEYS) else None
+        if generator is None:
+            generator = load_generator(module or find_checkpoint(settings.address, find_runs_dir()))
         observed, trace, facts = descend_to_token(generator, settings)
     if is_kept(PLANE_KEYS):
         plane, markers = previous.plane, previous.markers

@@ -10,6 +10,7 @@ __all__ = ['Images', 'show_image', 'plot_image_rows', 'plot_quality', 'draw_qual
 # %% ../../nbs/analysis/03_image_figures.ipynb #7c61ecdc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,7 @@ from ebt_nb.analysis.landscape import (
 )
 from .traces import correlations, plot_learning_curves
 from ..inference.restore import QualityRow, Restoration, held_out_batches, make_noisy, restore_images
-from ..runs.figures import COLORS, create_figure
+from ..runs.figures import create_figure, line_style
 from ..runs.folders import Run
 from ..thinking.descent import Trace
 from ..training.images import EnergyImageModule, ImageModule, psnr
@@ -85,12 +86,12 @@ def plot_quality(tables: dict[str, Sequence[QualityRow]], levels: Sequence[float
     figure, axes = create_figure(0.8 + 3.6 * len(levels), 3.0, columns=len(levels), sharex=True, sharey=True)
     for axis, level in zip(axes[0], levels):
         findings, noisy = [], None
-        for color, (name, rows) in zip(COLORS, tables.items()):
+        for number, (name, rows) in enumerate(tables.items()):
             at_level = [row for row in rows if row.level == level]
             restored = [row for row in at_level if row.passes]
             noisy = next((row.psnr for row in at_level if not row.passes), noisy)
             if restored:
-                draw_quality_lines(axis, name, restored, color)
+                draw_quality_lines(axis, name, restored, line_style(number))
                 best = max(restored, key=lambda row: row.psnr)
                 findings.append(f"{name} {best.psnr:.1f} dB at {best.passes}")
         if noisy is not None:
@@ -102,12 +103,12 @@ def plot_quality(tables: dict[str, Sequence[QualityRow]], levels: Sequence[float
     return figure
 
 
-def draw_quality_lines(axis: Axes, name: str, rows: Sequence[QualityRow], color: str) -> None:
-    "Draw PSNR over passes of one model, a line for each recursion."
-    for style, recursion in zip(("-", "--", ":"), sorted({row.recursion for row in rows})):
+def draw_quality_lines(axis: Axes, name: str, rows: Sequence[QualityRow], style: dict[str, Any]) -> None:
+    "Draw PSNR over passes of one model in its style, with other marks for each recursion."
+    for marker, recursion in zip("os^", sorted({row.recursion for row in rows})):
         points = sorted((row.passes, row.psnr) for row in rows if row.recursion == recursion)
         label = f"{name}, recursion {recursion}" if recursion > 1 else name
-        axis.plot(*zip(*points), "o" + style, ms=3, lw=1.2, color=color, label=label)
+        axis.plot(*zip(*points), marker=marker, ms=3, lw=1.2, label=label, **style)
 
 # %% ../../nbs/analysis/03_image_figures.ipynb #6bb56833
 @torch.no_grad()

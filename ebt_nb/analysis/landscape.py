@@ -309,7 +309,7 @@ def draw_path(ax: Axes, landscape: Landscape, labels: list[str]) -> None:
     points, last = landscape.plane.coordinates.numpy(), len(landscape.plane.landscapes)
     for k, index in enumerate(landscape.plane.landscapes):
         color = "white" if index == landscape.landscape_index else "0.6"
-        ax.plot(*points[k : k + 2].T, color=color, lw=1.6, zorder=2)
+        ax.plot(*points[k : k + 2].T, "-", color=color, lw=1.6, zorder=2)
     colors = [COLORS[3]] * last + ["gold"]
     ax.scatter(*points.T, s=26, c=colors, edgecolors="black", linewidths=0.6, zorder=4)
     numbered = points_to_number(points, min_distance=0.08 * float(landscape.x[-1] - landscape.x[0]))

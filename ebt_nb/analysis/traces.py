@@ -12,6 +12,7 @@ __all__ = ['Decode', 'token_nll', 'PredictionSteps', 'likeliest_tokens_by_step',
 # %% ../../nbs/analysis/01_traces.ipynb #658cece5
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .landscape import AnalysisError, check_trace_index, escape_dollars
-from ..runs.figures import COLORS, create_figure
+from ..runs.figures import COLORS, create_figure, line_style
 from ..runs.metrics import comparable_training_loss
 from ..thinking.descent import Trace
 from ..thinking.embedding_space import EmbeddingSpace
@@ -152,7 +153,7 @@ def draw_moves(ax: Axes, steps: PredictionSteps) -> None:
     "Draw a line for each move, from the energy before to the energy after, in the colour of its landscape."
     for move, (index, *energies) in enumerate(zip(steps.landscapes, steps.energies_before, steps.energies_after)):
         label = f"landscape {index}" if index not in steps.landscapes[:move] else None
-        ax.plot([move, move + 1], energies, "o-", color=f"C{index % 10}", ms=4, label=label)
+        ax.plot([move, move + 1], energies, marker="o", ms=4, label=label, **line_style(index))
     ax.set_ylabel("energy")
     ax.margins(y=0.15)
     ax.set_xticks(range(len(steps.tokens)), ["start", *(f"step {n}" for n in range(1, len(steps.tokens)))])
@@ -314,11 +315,11 @@ def plot_losses_by_step(
     figure, axes = create_figure(4.6, 3.0)
     ax, gains, first = axes[0, 0], [], 0 if begins_at_start else 1
     for number, (name, series) in enumerate(losses.items()):
-        color, steps = f"C{number}", range(first, first + len(series))
+        style, steps = line_style(number), range(first, first + len(series))
         if len(series) == 1:
-            ax.axhline(series[0], color=color, ls="--", label=f"{name}: {series[0]:.3f}")
+            ax.axhline(series[0], label=f"{name}: {series[0]:.3f}", **style | dict(linestyle="--"))
             continue
-        ax.plot(steps, series, "o-", color=color, label=f"{name}: {series[-1]:.3f} at the end")
+        ax.plot(steps, series, marker="o", label=f"{name}: {series[-1]:.3f} at the end", **style)
         change = f"{abs(1 - series[-1] / series[0]):.2%} {'less' if series[-1] < series[0] else 'more'}"
         gains.append(f"{name}: step {steps[-1]} has {change} loss than {'step 1' if first else 'the start'}")
     ticks = range(first, first + max(map(len, losses.values())))
@@ -347,19 +348,19 @@ def plot_learning_curves(
     for ax, panel_unit in zip(axes[0], panels):
         shown = {name: found for name, found in curves.items() if units[name] == panel_unit}
         for name, found in shown.items():
-            draw_learning_curve(ax, name, found, COLORS[list(curves).index(name) % len(COLORS)])
+            draw_learning_curve(ax, name, found, line_style(list(curves).index(name)))
         ax.set(xlabel="updates", ylabel=f"loss ({panel_unit})", title=learning_title(shown))
         ax.legend()
     return figure
 
 
-def draw_learning_curve(ax: Axes, name: str, found: dict[str, list[tuple[int, float]]], color: str) -> None:
-    "Draw the training loss of a run as a thin line and its validation loss with dots."
-    styles = {"train/loss": dict(lw=0.8, alpha=0.6), "val/loss": dict(marker="o", ms=4)}
-    for key, style in styles.items():
+def draw_learning_curve(ax: Axes, name: str, found: dict[str, list[tuple[int, float]]], style: dict[str, Any]) -> None:
+    "Draw the training loss of a run as a thin line and its validation loss with dots, in the style of the run."
+    kinds = {"train/loss": dict(lw=0.8, alpha=0.6), "val/loss": dict(marker="o", ms=4)}
+    for key, options in kinds.items():
         if found[key]:
             label = f"{name}, {'training' if key == 'train/loss' else 'validation'}"
-            ax.plot(*zip(*found[key]), color=color, ls="-", label=label, **style)
+            ax.plot(*zip(*found[key]), label=label, **style, **options)
 
 
 def learning_title(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> str:

@@ -28,7 +28,7 @@ from ..inference.rollout import frames_to_images, rollout
 from ..inference.rollout_metrics import select_held_out_clips
 from ..inference.token_metrics import auroc
 from ..models.image_encoders import ImageEncoder
-from ..runs.figures import COLORS, create_figure
+from ..runs.figures import COLORS, create_figure, line_style
 from ..thinking.verify import final_energy
 from ..training.base import Batch
 from ..training.objectives import relative_loss
@@ -261,7 +261,7 @@ def draw_strip(axis: Axes, frames: Float[Tensor, "seq channels rows columns"]) -
 def draw_values(axis: Axes, curves: dict[str, Float[Tensor, "seq"]], label: str) -> None:
     "Draw a line for each curve over the predicted frames, from 1 on."
     for number, (name, values) in enumerate(curves.items()):
-        axis.plot(range(1, len(values) + 1), values, "o-", ms=3, color=COLORS[number], label=name)
+        axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=name, **line_style(number))
         axis.set_xlim(0.5, len(values) + 0.5)
     axis.set_ylabel(label)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_KEYS', 'INFERENCE_KEYS', 'override_inference_config', 'read_inference_config', 'use_one_device',
-           'check_shared_devices', 'place_module', 'set_inference_config', 'load_for_inference',
-           'with_inference_settings']
+           'check_shared_devices', 'place_module', 'rebuild_with_config', 'with_inference_settings',
+           'load_for_inference']
 
 # %% ../../nbs/inference/00_loading.ipynb #ffb84a29
 from collections.abc import Sequence
@@ -100,15 +100,32 @@ def place_module(module: TrainingModule, accelerator: str | None = None) -> Trai
         torch.set_float32_matmul_precision(module.config.trainer.matmul_precision)
     return module.to(device)
 
+# %% ../../nbs/inference/00_loading.ipynb #47d19920
+def rebuild_with_config(module: TrainingModule, config: RunConfig) -> TrainingModule:
+    """Return a module in evaluation mode around the same network, step size and noise, with another configuration.
 
-def set_inference_config(module: TrainingModule, config: RunConfig) -> None:
-    "Let a module follow a configuration that `override_inference_config` returned, its descent too."
-    module.config = config
+    `config` is one that `override_inference_config` returned. The given module stays as it is; so does the mode of the
+    network, which `freeze_for_inference` (`inference/01_next_token`) switches.
+    """
+    changed = build_module(config, module.model)
+    changed.to(next(module.parameters()).device)
+    changed.training = False
     if module.descent is not None:
-        module.descent.policy = config.thinking
-        module.descent.inference = config.inference
+        for name, parameter in module.descent.named_parameters():
+            setattr(changed.descent, name, parameter)
+        changed.descent.eval()
+    changed.tokenizer, changed.encoders, changed.micro_steps = module.tokenizer, module.encoders, module.micro_steps
+    return changed
 
 
+def with_inference_settings(module: TrainingModule, settings: Sequence[str] | dict[str, Any]) -> TrainingModule:
+    """Return `rebuild_with_config` of a module with changed settings for inference.
+
+    Raises ConfigError as `override_inference_config` does.
+    """
+    return rebuild_with_config(module, override_inference_config(module.config, settings))
+
+# %% ../../nbs/inference/00_loading.ipynb #b8aab429
 def load_for_inference(checkpoint: Path | str, settings: Sequence[str] | dict[str, Any] = ()) -> TrainingModule:
     """Return the module of a checkpoint file, with changed settings for inference, on its device (`place_module`).
 
@@ -120,22 +137,9 @@ def load_for_inference(checkpoint: Path | str, settings: Sequence[str] | dict[st
     module = load_module(checkpoint)
     config = override_inference_config(use_one_device(module.config), settings)
     check_shared_devices(config)
-    set_inference_config(module, config)
+    module = rebuild_with_config(module, config)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     for line in module.inference_notes():
         log_line(line)
     return place_module(module, settings.get("trainer.accelerator"))
-
-# %% ../../nbs/inference/00_loading.ipynb #e3a0a5cb
-def with_inference_settings(module: TrainingModule, settings: list[str] | dict[str, Any]) -> TrainingModule:
-    """Return a module in evaluation mode around the same network, with changed settings for inference.
-
-    The given module stays as it is. Raises ConfigError as `override_inference_config` does.
-    """
-    config = override_inference_config(module.config, settings)
-    changed = build_module(config, module.model)
-    if module.descent is not None:
-        changed.descent.load_state_dict(module.descent.state_dict())
-    changed.tokenizer = module.tokenizer
-    return changed.to(next(module.parameters()).device).eval()

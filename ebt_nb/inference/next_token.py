@@ -31,14 +31,15 @@ from ..training.language import EnergyLanguageModule, LanguageModule
 def freeze_for_inference(module: nn.Module, weights: Sequence[nn.Parameter] | None = None) -> Iterator[None]:
     """Inside, put the module in evaluation mode and switch off gradients for its `weights` (all, if not given).
 
-    Afterwards mode and gradients are as before.
+    Afterwards gradients and modes are as before; the network of a module may have a mode of its own.
     """
-    was_training = module.training
+    modes = [(part, part.training) for part in (module, *module.children())]
     if weights is None:
         weights = module.parameters()
     trainable = [weight for weight in weights if weight.requires_grad]
-    if was_training:
-        module.eval()
+    for part, is_training in modes:
+        if is_training:
+            part.eval()
     for weight in trainable:
         weight.requires_grad_(False)
     try:
@@ -46,8 +47,9 @@ def freeze_for_inference(module: nn.Module, weights: Sequence[nn.Parameter] | No
     finally:
         for weight in trainable:
             weight.requires_grad_(True)
-        if was_training:
-            module.train()
+        for part, is_training in modes:
+            if part.training != is_training:
+                part.train(is_training)
 
 # %% ../../nbs/inference/01_next_token.ipynb #15b1499d
 class Prediction(NamedTuple):

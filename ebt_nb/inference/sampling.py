@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['filter_logits', 'sample_token', 'GeneratedToken', 'Completion', 'stable_text', 'DrawnToken', 'draw_tokens',
-           'append_token', 'update_text', 'create_completions', 'encode_prompt', 'check_token_ids']
+           'append_token', 'update_text', 'create_completions', 'encode_prompt', 'check_fits_context',
+           'check_token_ids']
 
 # %% ../../nbs/inference/02_sampling.ipynb #9b92646a
 from collections import Counter
@@ -195,11 +196,7 @@ def create_completions(
         name = "generation.prompt" if len(prompts) == 1 else f"prompt {i + 1}"
         tokens = encode_prompt(name, prompt, tokenizer)
         check_token_ids(name, tokens, vocab_size)
-        if len(tokens) > context:
-            raise WorkbenchError(
-                f"{name}: {len(tokens)} tokens are more than the model's context of {context} (data.context); "
-                f"shorten it by {len(tokens) - context}"
-            )
+        check_fits_context(name, tokens, context)
         index = repetitions[tuple(tokens)] if sample_indices is None else int(sample_indices[i])
         completions.append(Completion(tokens, index))
         repetitions[tuple(tokens)] += 1
@@ -214,6 +211,15 @@ def encode_prompt(name: str, prompt: str | Sequence[int], tokenizer: TextTokeniz
     if not tokens:
         raise WorkbenchError(f"{name}: is empty; give at least one word to continue from")
     return tokens
+
+
+def check_fits_context(name: str, tokens: Sequence[int], context: int) -> None:
+    "Raise WorkbenchError for more tokens than a model can read at once."
+    if len(tokens) > context:
+        raise WorkbenchError(
+            f"{name}: {len(tokens)} tokens are more than the model's context of {context} (data.context); "
+            f"shorten it by {len(tokens) - context}"
+        )
 
 
 def check_token_ids(name: str, tokens: list[int], vocab_size: int) -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .notebook_parameters import PACKAGE, RUNS_DIR_VARIABLE, find_checkout
 from .reports import remove_widgets
+from ..runs.addresses import PACKAGE, RUNS_DIR_VARIABLE, find_checkout
 from ..runs.files import RunError, create_folder, write_atomically
 
 # %% ../../nbs/jobs/27_lab.ipynb #3778838b

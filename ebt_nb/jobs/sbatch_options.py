@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 
 from ..config.errors import WorkbenchError, suggest
-from .notebook_parameters import PACKAGE, find_checkout
+from ..runs.addresses import PACKAGE, find_checkout
 
 # %% ../../nbs/jobs/05_sbatch_options.ipynb #75569337
 class SubmitError(WorkbenchError):

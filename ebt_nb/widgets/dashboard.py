@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.errors import WorkbenchError
-from ..config.overrides import default_runs_dir
 from ..jobs.run_control import resume_run, stop_run
+from ..runs.addresses import find_runs_dir
 from ..runs.files import format_json
 from .run_table import ChosenRuns, RunTable, describe_table
 from .view import STYLE, View, load_script, read_widget_file, to_plain
@@ -203,8 +203,8 @@ class Dashboard(View):
 
 
 def dashboard(runs_dir: Path | str | None = None, allow_actions: bool = True) -> Dashboard:
-    """Return a view of all runs below a folder, by default where `ebt runs` looks.
+    """Return a view of all runs below a folder, by default that of the notebook (`find_runs_dir`).
 
     `allow_actions=False` leaves out the buttons that stop and resume runs.
     """
-    return Dashboard(DashboardState(runs_dir or default_runs_dir(), allow_actions))
+    return Dashboard(DashboardState(runs_dir or find_runs_dir(), allow_actions))

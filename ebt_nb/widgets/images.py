@@ -9,6 +9,7 @@ __all__ = ['MOST_STEPS', 'MOST_SEED', 'to_png', 'open_module', 'check_number', '
 # %% ../../nbs/widgets/05_images.ipynb #ddd983cb
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from ..data.pixels import float_to_pixels
 from ..inference.draw import check_captions, load_encoders, think_images
 from ..inference.loading import load_for_inference
 from ..inference.restore import held_out_batches, make_noisy, passes_to_measure, restore_images
-from ..runs.addresses import find_checkpoint, find_runs
+from ..runs.addresses import find_checkpoint, find_runs, find_runs_dir
 from ..runs.files import RunError
 from ..training.base import Batch, TrainingModule
 from ..training.images import EnergyImageModule, ImageModule, image_rng, psnr, uses_captions
@@ -37,14 +38,19 @@ def to_png(image: Float[Tensor, "channels rows columns"]) -> str:
 
 # %% ../../nbs/widgets/05_images.ipynb #13482222
 def open_module(
-    model: TrainingModule | str | None, module_class: type[TrainingModule], preset: str, runs_dir: str = "runs"
+    model: TrainingModule | str | None,
+    module_class: type[TrainingModule],
+    preset: str,
+    runs_dir: Path | str | None = None,
 ) -> TrainingModule:
     """Return a module of a class: `model` itself, the one at an address, or that of the newest run that has one.
+
+    Runs are those of the notebook (`find_runs_dir`), unless `runs_dir` names another folder.
 
     Raises WorkbenchError, which names the command that trains `preset`, for a model of another kind and where there is
     none; CheckpointError for a file that cannot be used.
     """
-    remedy = f"`ebt train --preset {preset}` trains one"
+    remedy, runs_dir = f"`ebt train --preset {preset}` trains one", runs_dir or find_runs_dir()
     if model is None:
         kinds = module_class.model_kinds
         runs = (run for run in find_runs(runs_dir) if run.config.model.kind in kinds and run.checkpoints)
@@ -177,7 +183,7 @@ def explore_denoising(
     model: EnergyImageModule | str | None = None,
     baseline: ImageModule | str | None = None,
     images: int = 8,
-    runs_dir: str = "runs",
+    runs_dir: Path | str | None = None,
     **settings: Any,
 ) -> DenoisingView:
     """Return a view of held-out images whose noise is removed step by step.
@@ -243,7 +249,7 @@ class DrawingView(View):
 
 
 def explore_drawing(
-    model: EnergyImageModule | str | None = None, runs_dir: str = "runs", **settings: Any
+    model: EnergyImageModule | str | None = None, runs_dir: Path | str | None = None, **settings: Any
 ) -> DrawingView:
     """Return a view of a picture that is drawn step by step, from a caption if the model reads captions.
 

@@ -19,6 +19,7 @@ from ..config.errors import ConfigError, suggest
 from ..data.tokenizers import TextTokenizer
 from ..inference.generate import load_generator
 from ..inference.loading import place_module, with_inference_settings
+from ..runs.addresses import find_runs_dir
 from ..runs.shared_models import list_shipped_models
 from ..training.build import load_pretrained
 from ..training.language import EnergyLanguageModule, LanguageModule
@@ -43,7 +44,7 @@ def load_shown_model(address: str | LanguageModule) -> ShownModel:
     Raises CheckpointError for a model that is not of language, and as `load_pretrained` does.
     """
     is_loaded = isinstance(address, LanguageModule)
-    module = address if is_loaded else place_module(load_pretrained(address))
+    module = address if is_loaded else place_module(load_pretrained(address, find_runs_dir()))
     generator = load_generator(module)
     return ShownModel(module.config.run.name or "model" if is_loaded else address, module, generator.tokenizer)
 

@@ -6,6 +6,7 @@
 __all__ = ['MOST_STEPS', 'MOST_SAMPLES', 'difference_to_png', 'rollout_rows', 'RolloutView', 'explore_rollout']
 
 # %% ../../nbs/widgets/06_video.ipynb #6559bd9a
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -118,7 +119,7 @@ def explore_rollout(
     baseline: VideoModule | str | None = None,
     clips: int = 4,
     num_frames: int = 12,
-    runs_dir: str = "runs",
+    runs_dir: Path | str | None = None,
     **settings: Any,
 ) -> RolloutView:
     """Return a view of roll-outs of held-out clips of `num_frames` frames, the given ones included.

@@ -1,7 +1,9 @@
 // Parts that all views share: elements, controls, charts, colours, and the exchange with the kernel.
 // A view is a file of its own that exports `render`; this file is put before it.
 
-const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]; // Okabe and Ito
+// Colours (Okabe and Ito) and dashes of lines, as figures have them (`ebt_nb.runs.figures.line_style`).
+const COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"];
+const DASHES = ["", "", "6 3", "8 2 2 2", "2 2", "8 2 2 2 2 2", ""];
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#fee838"];
 const SVG = "http://www.w3.org/2000/svg";
@@ -170,8 +172,23 @@ function niceTicks(low, high, count = 4) {
   return ticks;
 }
 
-// A line chart as SVG. `series`: [{ name, points: [[x, y], ...], color, dashed, marked }]; `options`: title, xLabel,
-// yLabel, width, height, marker (an x at which a vertical line stands). Points with y === null are left out.
+// Colour and dash of the line with this number: lines of similar lightness differ in dash. From the eighth on the
+// colours return; what was solid is then dashed, and the other way round.
+function lineStyle(number) {
+  const [color, dash] = [COLORS[number % COLORS.length], DASHES[number % COLORS.length]];
+  const isFirstRound = number % (2 * COLORS.length) < COLORS.length;
+  return { color, dash: isFirstRound ? dash : (dash ? "" : DASHES[2]) };
+}
+
+// The style of a line of a chart: its own colour and dash, or those of its number.
+function styleOf(one, number) {
+  const own = lineStyle(number);
+  return { color: one.color || own.color, dash: one.dashed ? "5 3" : one.dash ?? (one.color ? "" : own.dash) };
+}
+
+// A line chart as SVG. `series`: [{ name, points: [[x, y], ...], color, dash, dashed, marked }], where `dashed` is a
+// line to compare with; `options`: title, xLabel, yLabel, width, height, marker (an x at which a vertical line stands).
+// Points with y === null are left out.
 function lineChart(series, options = {}) {
   const { width = 340, height = 190, title = "", xLabel = "", yLabel = "", marker = null } = options;
   const margin = { left: 62, right: 18, top: title ? 24 : 10, bottom: 36 };
@@ -208,15 +225,15 @@ function lineChart(series, options = {}) {
     svg.append(shape("line", { x1: xAt(marker), x2: xAt(marker), y1: margin.top, y2: height - margin.bottom,
       class: "ebt-marker" }));
   }
-  series.forEach((one, number) => drawSeries(svg, one, one.color || COLORS[number % COLORS.length], xAt, yAt));
+  series.forEach((one, number) => drawSeries(svg, one, styleOf(one, number), xAt, yAt));
   return svg;
 }
 
-function drawSeries(svg, one, color, xAt, yAt) {
+function drawSeries(svg, one, { color, dash }, xAt, yAt) {
   const drawn = one.points.filter((point) => point[1] !== null);
   const path = drawn.map(([x, y], i) => `${i ? "L" : "M"}${xAt(x).toFixed(1)} ${yAt(y).toFixed(1)}`).join("");
   const line = shape("path", { d: path, fill: "none", stroke: color, "stroke-width": 1.8,
-    "stroke-dasharray": one.dashed ? "5 3" : null });
+    "stroke-dasharray": dash || null });
   line.append(shape("title", {}, one.name || ""));
   svg.append(line);
   if (one.marked || drawn.length === 1) {
@@ -232,13 +249,19 @@ function chartText(series, title) {
   return `${title ? title + ". " : ""}${parts.join("; ")}`;
 }
 
-// The names and colours of lines, to stand beside a chart.
+// The names of lines, each beside a piece of its line, to stand beside a chart.
 function legend(series) {
-  return element("div", { class: "ebt-legend" }, ...series.map((one, number) => {
-    const color = one.color || COLORS[number % COLORS.length];
-    const line = `${one.dashed ? "dashed" : "solid"} ${color}`;
-    return element("span", {}, element("i", { style: `border-top: 3px ${line}` }), one.name);
-  }));
+  return element("div", { class: "ebt-legend" }, ...series.map((one, number) =>
+    element("span", {}, lineSample(styleOf(one, number), one.marked), one.name)));
+}
+
+// A short piece of a line, with a mark where its points have one.
+function lineSample({ color, dash }, marked = false) {
+  const sample = shape("svg", { class: "ebt-sample", width: 28, height: 10, "aria-hidden": "true" },
+    shape("line", { x1: 0, x2: 28, y1: 5, y2: 5, stroke: color, "stroke-width": 2.4,
+      "stroke-dasharray": dash || null }));
+  if (marked) sample.append(shape("circle", { cx: 14, cy: 5, r: 3.2, fill: color }));
+  return sample;
 }
 
 // Horizontal bars: `rows`: [{ label, value, text, marked }], drawn on a scale from 0 to `most`.
@@ -317,7 +340,11 @@ function settingControls(frame, ask) {
     ask({ ...settings });
   };
   return frame.controls.map(({ name, label, ...options }) => {
-    if (options.text) return textBox(label, settings[name], (value) => change(name, value)).node;
+    if (options.text) {
+      const box = textBox(label, settings[name], (value) => change(name, value));
+      box.input.addEventListener("input", () => { settings[name] = box.value; }); // asked with the next change
+      return box.node;
+    }
     return slider(label, { ...options, value: settings[name] }, (value) => change(name, value)).node;
   });
 }

@@ -20,11 +20,6 @@ function formatLoss(value) {
   return value === null || value === undefined ? "–" : value.toFixed(4);
 }
 
-// Beyond the seventh line the colours return, dashed.
-function lineStyle(number) {
-  return { color: COLORS[number % COLORS.length], dashed: number >= COLORS.length };
-}
-
 function shorten(text, length) {
   return text.length > length ? `${text.slice(0, length - 1)}…` : text;
 }
@@ -93,7 +88,7 @@ function newRow(board, run) {
     else board.chosen.delete(run);
     board.request();
   });
-  const line = element("i");
+  const line = element("span");
   const cells = Array.from({ length: 9 }, () => element("td"));
   const actions = element("div", { class: "ebt-actions" });
   const draw = element("td", {}, element("span", { class: "ebt-draw" }, box, line));
@@ -124,8 +119,7 @@ function fillRow(board, entry, row) {
   entry.cells[0].className = `ebt-state-${row.status}`;
   entry.box.checked = board.chosen.has(row.run);
   const number = (board.shown.chosen || []).indexOf(row.run);
-  const { color, dashed } = lineStyle(number);
-  entry.line.style.borderTop = number < 0 ? "" : `3px ${dashed ? "dashed" : "solid"} ${color}`;
+  entry.line.replaceChildren(...(number < 0 ? [] : [lineSample(lineStyle(number))]));
   const action = isResuming ? null : row.action;
   const shown = `${action} ${row.report}`;
   if (entry.shown === shown) return;

@@ -265,7 +265,7 @@ function stepCharts(row, record, step, kind) {
   const curve = (name) => (sample) => [{ name: "chosen", marked: true, color: COLORS[0],
     points: record[name][sample].map((value, k) => [k, value]) }];
   const energies = sampleSeries(record, (sample) => energySeries(record, sample).map((one) => ({
-    ...one, color: COLORS[one.landscape % COLORS.length] })));
+    ...one, ...lineStyle(one.landscape) })));
   const truth = { name: kind, color: COLORS[1], dashed: true,
     points: record.targetProbabilities.map((value, k) => [k, value]) };
   const size = { width: 240, height: 150, xLabel: "step", marker: step };

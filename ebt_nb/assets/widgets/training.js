@@ -29,15 +29,14 @@ function render({ model, el }) {
   draw();
 }
 
-// How far each run is, in its color.
+// How far each run is, beside a piece of its line.
 function runTable(runs) {
   const table = element("table");
   const hasTime = runs.some((run) => run.seconds !== null);
   const heads = ["model", "state", "update", "training loss", "validation loss", ...(hasTime ? ["time"] : [])];
   table.append(element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head))));
   runs.forEach((run, number) => {
-    const mark = element("i", { style: `border-top: 3px solid ${COLORS[number % COLORS.length]}` });
-    const name = element("td", {}, element("span", { class: "ebt-legend" }, element("span", {}, mark, run.name)));
+    const name = element("td", {}, lineSample(lineStyle(number)), run.name);
     const cells = [run.state, `${run.step} of ${run.max_steps}`, formatNumber(lastValue(run, "training"), 4),
       formatNumber(lastValue(run, "validation"), 4), ...(hasTime ? [`${run.seconds} s`] : [])];
     table.append(element("tr", {}, name, ...cells.map((cell) => element("td", {}, cell))));
@@ -69,13 +68,12 @@ function drawChart(series, options, hasLegend) {
   return element("div", { style: "max-width: 340px" }, chart, ...(hasLegend ? [legend(series)] : []));
 }
 
-// The curves of a run in one chart: validation dashed, with a mark at each point.
+// The curves of a run in one chart, in the style of the run: validation has a mark at each point.
 function runSeries(run, number, panel, first) {
   return run.curves.filter((curve) => curve.panel === panel).map((curve) => ({
     name: curve.name ? `${run.name}, ${curve.name}` : run.name,
     points: curve.points.filter((point) => point[0] >= first),
-    color: COLORS[number % COLORS.length],
-    dashed: curve.name === "validation",
+    ...lineStyle(number),
     marked: curve.name === "validation",
   }));
 }
@@ -87,7 +85,7 @@ function energySeries(run, first) {
     name: curve.name,
     points: curve.points.filter((point) => point[0] >= first),
     color: cssColor(mixColors(VIRIDIS, (0.85 * number) / Math.max(1, curves.length - 1))),
-    dashed: number % 2 === 1,
+    dash: number % 2 ? DASHES[2] : "",
   }));
 }
 
