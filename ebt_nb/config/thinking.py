@@ -262,8 +262,8 @@ class VideoObjectiveConfig(FrameLossConfig, ImageObjectiveConfig):
     loss_prediction: float = Field(
         0.0,
         ge=0,
-        description="weight of the Huber distance between the energy before the last step and the loss after it, "
-        "which makes the energy a judge; 0 is off",
+        description="weight of the Huber distance between the energy before the last step and the logarithm of the "
+        "loss after it, relative to that of a copied frame, which makes the energy a judge; 0 is off",
     )
 
 

@@ -110,7 +110,11 @@ def video_quickstart(size: str = "4xs") -> RunConfig:
 
     With model.kind=video_transformer it is the baseline.
     """
-    return preset_variant(video_quickstart_s1(size), run=dict(name="video/quickstart"), **guess_recipe(size))
+    recipe = guess_recipe(size)
+    return preset_variant(
+        video_quickstart_s1(size),
+        **recipe | dict(run=dict(name="video/quickstart"), objective=recipe["objective"] | dict(loss_prediction=0.01)),
+    )
 
 # %% ../../nbs/config/08_video_presets.ipynb #0ee3b51f
 VIDEO_PRESETS: dict[str, Callable[..., RunConfig]] = {

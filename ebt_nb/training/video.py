@@ -242,6 +242,7 @@ class EnergyVideoModule(EnergyTrainingModule, VideoModule):
             read_out=space.frames,
             start_weight=objective.start_weight,
             loss_prediction=objective.loss_prediction,
+            reference=inputs,
             **options,
         )
 
