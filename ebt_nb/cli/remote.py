@@ -84,14 +84,17 @@ def keep_rest(args: argparse.Namespace, rest: list[str]) -> list[str]:
 )
 def lab(args: argparse.Namespace) -> None:
     "Become a JupyterLab server that opens `start_here`; runs of its notebooks go where `ebt runs` looks from here."
-    from ebt_nb.jobs.lab import lab_environment, lab_options, prepare_lab_folders
+    from ebt_nb.jobs.lab import lab_environment, lab_options, note_on_runs_dir, prepare_lab_folders
     from ebt_nb.runs.preemption import JOB_MARK
 
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in args.rest:
         note = "ebt lab: JupyterLab does not start as root unless it is told to: `ebt lab --allow-root` passes this on"
         print(note, file=sys.stderr, flush=True)
     options = lab_options(prepare_lab_folders(), args.rest, args.keep_outputs)
-    environment = lab_environment(os.environ, Path(default_runs_dir()).expanduser().absolute())
+    runs_dir = Path(default_runs_dir()).expanduser().absolute()
+    if note := note_on_runs_dir(runs_dir):
+        print(note, file=sys.stderr, flush=True)
+    environment = lab_environment(os.environ, runs_dir)
     environment.pop(JOB_MARK, None)  # a session is not queued again by what is run in it
     os.execve(sys.executable, [sys.executable, "-P", "-m", "jupyterlab", *options, *args.rest], environment)
 

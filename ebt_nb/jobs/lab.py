@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['START_NOTEBOOK', 'COPIED_FOLDER', 'SAVE_HOOKS', 'UNCLEAN_NOTE', 'ROOT_OPTIONS', 'LabFolders', 'prepare_lab_folders',
-           'copy_notebooks', 'unlink_missing', 'lab_options', 'lab_environment', 'clean_before_save',
-           'clean_but_keep_outputs', 'read_committed', 'clean_notebook', 'restore_outputs', 'code_cells', 'join']
+           'copy_notebooks', 'unlink_missing', 'lab_options', 'lab_environment', 'note_on_runs_dir',
+           'clean_before_save', 'clean_but_keep_outputs', 'read_committed', 'clean_notebook', 'restore_outputs',
+           'code_cells', 'join']
 
 # %% ../../nbs/jobs/27_lab.ipynb #8abb8eee
 import importlib.util
@@ -113,6 +114,17 @@ def lab_environment(environment: Mapping[str, str], runs_dir: Path) -> dict[str,
     for name, first in folders.items():
         added[name] = os.pathsep.join([*map(str, first), *filter(None, [environment.get(name)])])
     return {**environment, **added}
+
+# %% ../../nbs/jobs/27_lab.ipynb #162db4a8
+def note_on_runs_dir(runs_dir: Path) -> str:
+    "Return what to do if no run can be kept in a folder, which need not exist yet; '' if one can."
+    existing = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
+    if os.access(existing, os.W_OK | os.X_OK):
+        return ""
+    return (
+        f"ebt lab: {existing} cannot be written, so notebooks run but nothing can be trained or saved; start `ebt lab` "
+        "in a folder of your own, where runs are kept then"
+    )
 
 # %% ../../nbs/jobs/27_lab.ipynb #80938ee6
 def clean_before_save(
