@@ -192,8 +192,7 @@ def execute_job(job: NotebookJob, notebook: "NotebookNode") -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    # names are checked before; papermill does not know those with annotations such as `str | Path`, and warns
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of names with annotations; ours are checked
     report = job.folder / "report.ipynb"
     with open_console_log(job.folder) as log, SignalForwarder() as forwarder:
         terminal = Tee(sys.stdout, log)
