@@ -144,7 +144,8 @@ def run_all(page) -> None:
     )
     wait_idle(page)
     assert "[" in last.text_content()
-    assert error_outputs(page) == []
+    errors = error_outputs(page)
+    assert not errors, errors
 
 
 def error_outputs(page) -> list[str]:

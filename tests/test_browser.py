@@ -29,6 +29,7 @@ from browser import (
 )
 from nbformat.v4 import new_code_cell, new_notebook
 from test_dashboard import Visitor, make_run
+from test_views import FIND_FAULTS
 
 from ebt_nb.runs.metrics import MetricsFile
 
@@ -100,7 +101,8 @@ def test_start_here_runs_and_leaves_the_checkout_clean(lab, page):
     assert "energy falls" in figure_description(page)
     trained, explored = page.locator(f"{NOTEBOOK} .ebt-view").all()[1:3]
     assert "finished" in trained.text_content() and "He" in explored.text_content()
-    walk_in_landscape(page.locator(f"{NOTEBOOK} .ebt-view").first)
+    walk_in_landscape(page.locator(f"{NOTEBOOK} .ebt-view").first)  # of the shipped model
+    walk_in_landscape(explored)  # of the model that has just been trained
     save(page)
     assert git(lab.root, "status", "--short") == ""
     page.locator(f'{NOTEBOOK} [data-command="notebook:insert-cell-below"]').first.click()
@@ -127,6 +129,64 @@ def test_a_text_is_thought_and_a_prompt_is_continued(lab, page):
     page.locator(f'{NOTEBOOK} .ebt-view[data-busy="false"]').first.wait_for()
     write_prompt(box, "She was")
     wait_idle(page)
+    assert error_outputs(page) == []
+
+
+VIEWS = """
+import io
+from contextlib import redirect_stderr
+
+from ebt_nb.config.overrides import build_config
+from ebt_nb.training.build import build_module
+from ebt_nb.widgets.images import explore_denoising, explore_drawing
+from ebt_nb.widgets.landscape import explore_landscape
+from ebt_nb.widgets.thinking import watch_thinking
+from ebt_nb.widgets.video import explore_rollout
+
+def tiny(preset, **overrides):
+    shape = {"model.layers": 1, "model.width": 16, "model.heads": 2}
+    return build_module(build_config(preset, shape | overrides))
+
+no_encoders = {"encoder.images": "none", "data.image_size": 8, "model.patch": 4}
+%%
+explore_landscape(text="She was")
+%%
+watch_thinking(text="She was very")
+%%
+explore_denoising(tiny("image/quickstart"), images=2)
+%%
+explore_drawing(tiny("image/t2i_ebt_s1", **no_encoders))
+%%
+with redirect_stderr(io.StringIO()):  # the first time, frames are cached, which is said there
+    rollout = explore_rollout(tiny("video/quickstart"), clips=2)
+rollout
+"""
+
+
+def test_the_kernel_rests_when_the_controls_of_a_view_do(lab, page):
+    "Sliders of all views are moved fast, by the keyboard; then every request is answered, and none is sent any more."
+    sent = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda frame: sent.append(frame)))
+    book = new_notebook(cells=[new_code_cell(source.strip()) for source in VIEWS.split("%%")])
+    (lab.root / "runs").mkdir(exist_ok=True)
+    nbformat.write(book, lab.root / "runs/all_views.ipynb")
+    open_notebook(page, lab, "runs/all_views.ipynb")
+    run_all(page)
+    views = page.locator(f"{NOTEBOOK} .ebt-view").all()
+    assert len(views) == 5
+    assert page.evaluate(FIND_FAULTS)["faults"] == []
+    for view in views:
+        before, number = view.inner_text(), len(sent)
+        for slider in view.locator('input[type="range"]:visible').all():
+            for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"):
+                slider.press(key)
+        view.locator('xpath=self::*[@data-busy="false"]').wait_for()
+        assert view.inner_text() != before and len(sent) > number
+        assert not "".join(view.locator(".ebt-message").all_text_contents())
+    wait_idle(page)
+    number = len(sent)
+    page.wait_for_timeout(1500)
+    assert len(sent) == number and page.locator('.ebt-view[data-busy="true"]').count() == 0
     assert error_outputs(page) == []
 
 

@@ -6,7 +6,8 @@
 __all__ = ['EXTENSIONS', 'MATHJAX_PACKAGE', 'SITE_MARK', 'PICTURES', 'link_targets', 'exported_names', 'find_target',
            'link_code_spans', 'has_ancestor', 'convert_docstring', 'convert_docstring_lines', 'describe_fields',
            'shorten_signature', 'find_mathjax', 'sphinx_settings', 'collapse_sidebar', 'Site', 'find_notebooks',
-           'check_output', 'build_site', 'run_sphinx', 'BrokenSiteError', 'check_site', 'serve_site', 'QuietHandler']
+           'check_output', 'create_scratch_folder', 'build_site', 'run_sphinx', 'BrokenSiteError', 'check_site',
+           'serve_site', 'QuietHandler']
 
 # %% ../../nbs/jobs/25_docs.ipynb #14b60041
 import importlib
@@ -233,24 +234,33 @@ def find_notebooks() -> Path:
 
 
 def check_output(folder: Path) -> None:
-    "Raise WorkbenchError if a site would replace something that is no site, or cannot be written."
+    "Raise WorkbenchError if a site would replace something that is no site, or has no folder to lie in."
     if folder.exists() and not (folder / SITE_MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WorkbenchError(f"--output {folder}: holds something else than a documentation site; name another folder")
     if not folder.parent.is_dir():
         raise WorkbenchError(f"--output {folder}: {folder.parent} is no folder; make it first, or name another")
+
+
+def create_scratch_folder(output: Path) -> tempfile.TemporaryDirectory:
+    "Return a temporary folder beside a site, in which it is built. Raises WorkbenchError where none can be made."
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent)
+    except OSError as error:
+        problem = error.strerror.lower()
+        raise WorkbenchError(f"--output {output}: cannot be written ({problem}); name another folder") from None
 
 # %% ../../nbs/jobs/25_docs.ipynb #5ed9ef3d
 def build_site(notebooks: Path, output: Path, processes: int = 1) -> Site:
     """Build the documentation of a folder of notebooks; replaces the site that is there.
 
     Raises WorkbenchError, and leaves everything as it is, if packages are missing, a notebook cannot be read, or the
-    output is something else.
+    output is something else or cannot be written.
     """
     mathjax = find_mathjax()
     output = output.resolve()
     check_output(output)
     pages = read_pages(notebooks)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+    with create_scratch_folder(output) as scratch:
         sources, built = Path(scratch, "sources"), Path(scratch, "site")
         write_sources(pages, sources)
         if (notebooks / PICTURES).is_dir():

@@ -52,7 +52,7 @@ def api_name(module: str) -> str:
 
 def format_module(page: Page) -> str:
     "Return the API page of the module that a notebook exports, in reStructuredText."
-    options = ["members:", "member-order: bysource", "show-inheritance:"]
+    options = ["members:", "member-order: bysource"]
     lines = [
         page.module,
         "=" * len(page.module),
