@@ -167,8 +167,8 @@ def plot_text(trace: TextTrace, most: int = 40) -> Figure:
 def trace_text(module: EnergyLanguageModule, tokens: Sequence[int], decode: Decode, k: int = 5) -> TextTrace:
     """Return what a model thinks after each token of a text; `k` likeliest tokens are kept at each step.
 
-    Raises AnalysisError for a text that is empty or longer than the model's context, and for a `k` outside the
-    vocabulary; WorkbenchError for token ids outside it.
+    Raises AnalysisError for an empty text and for a `k` outside the vocabulary; WorkbenchError for a text longer than
+    the model's context and for token ids outside the vocabulary.
     """
     curves = trace_predictions(module, tokens, decode, k=k, beyond_end=True)
     return TextTrace([show_whitespace(decode([token])) for token in tokens], curves)
