@@ -36,9 +36,16 @@ make_venv() {
     "$found" -m venv --clear .venv
 }
 
+# The pip that comes with Python 3.11 needs three times as long for these packages as later ones.
+upgrade_pip() {
+    "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check --upgrade pip -c constraints.txt </dev/null ||
+        echo "setup: pip could not be upgraded; going on with the one there is, which is slower" >&2
+}
+
 install() {
     echo "setup: installing the packages of constraints.txt (about 2 GB; minutes the first time)"
     touch "$unfinished"
+    upgrade_pip
     local failed=0
     # --no-compile: Python compiles what is imported when it is first imported, which is a fraction of what is installed
     "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,docs,tensorboard,sweep,images,video]' -c constraints.txt </dev/null || failed=$?

@@ -263,6 +263,7 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     "-m venv --clear .venv")
         rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$PWD/.venv" >.venv/bin/activate ;;
+    *"--upgrade pip"*) exit 1 ;;
     *"pip install"*)
         echo begun >>log; until [ -e go ]; do sleep 0.05; done; touch .venv/installed; echo ended >>log ;;
     "-P -") test -e .venv/installed ;;
@@ -298,7 +299,8 @@ def test_second_of_two_parallel_setups_waits_and_finds_the_work_done(root, tmp_p
     assert "waiting for another setup" in message
     for setup in (first, second):
         assert setup.wait(timeout=60) == 0
-    assert "ready" in first.stdout.read() and second.stdout.read() == ""
+    output = first.stdout.read()
+    assert "pip could not be upgraded" in output and "ready" in output and second.stdout.read() == ""
     assert (folder / "log").read_text().split() == ["begun", "ended", "compiled"] and (
         folder / ".venv/.set-up"
     ).is_file()
