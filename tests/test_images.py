@@ -437,7 +437,7 @@ def test_a_hub_set_downloaded_earlier_and_without_it(tmp_path, offline, capfd):
             open_data(build_test_config(tmp_path, source=name))
 
 
-def test_inspect_images_shows_what_is_wrong_with_a_set(tmp_path):
+def test_inspect_images_shows_what_is_wrong_with_a_set(tmp_path, forked_kernels):
     "Held-out images that are in training, as they are or mirrored, and files that cannot be read."
     pets = tmp_path / "pets"
     for split, numbers in (("train", range(0, 600, 10)), ("validation", range(5, 300, 30)), ("test", [7, 17])):

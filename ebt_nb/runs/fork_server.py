@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ class ForkServer:
     def close(self) -> None:
         "End the server; commands that are still running continue."
         if self.process is not None:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # the server was killed; an error that says so is more useful
+                self.process.stdin.close()
             self.process.stdout.close()
             self.process.wait()
 
