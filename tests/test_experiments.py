@@ -60,8 +60,8 @@ THINK = {
 }
 RECIPES = {
     "rounds": [
-        {"updates": 2, "keep": 2, "seeds": [1], "learning_rates": [1.0]},
-        {"updates": 2, "keep": 1, "seeds": [1]},
+        {"updates": 2, "keep": 2, "seeds": [1], "learning_rates": {"adamw": [1.0], "muon": [8.0]}},
+        {"updates": 2, "keep": 1, "seeds": [1, 2], "baselines": ["Transformer++"]},
     ],
     "only_recipes": ["vocabulary", "reconstruction, noise"],
     "rows": 2,
