@@ -33,11 +33,6 @@ def tiny_config(folder, preset="text/quickstart", **changes) -> RunConfig:
     return build_config(preset, shared | changes)
 
 
-def tiny_energy_model(folder, **changes) -> RunConfig:
-    "With one thinking step: how long a compiler takes depends on how many there are."
-    return tiny_config(folder, **{"thinking.steps": 1}, **changes)
-
-
 def tiny_transformer(folder, **changes) -> RunConfig:
     return tiny_config(folder, **{"model.kind": "transformer"}, **changes)
 
@@ -58,7 +53,7 @@ def read_losses(run: Run) -> list[tuple[str, float]]:
 
 
 @pytest.mark.skipif(find_missing_compiler("cpu") is not None, reason="no C++ compiler")
-@pytest.mark.parametrize("make_config", [tiny_energy_model, tiny_transformer, tiny_image_config])
+@pytest.mark.parametrize("make_config", [tiny_config, tiny_transformer, tiny_image_config])
 def test_compiled_run(tmp_path, make_config):
     runs = [
         fit(make_config(tmp_path, **{"trainer.compile": is_compiled}), progress="none") for is_compiled in (False, True)
