@@ -28,6 +28,15 @@ def run_after_setup(words: list[str]) -> int:
     return ebt_nb.cli.main.main(words)
 
 
+def run_script(words: list[str]) -> int:
+    "Be `python -c SCRIPT ARGUMENTS`, given the words after -c."
+    script, *arguments = words
+    signal.alarm(LIMIT)
+    sys.argv = ["-c", *arguments]
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+    return 0
+
+
 def run_kernel(words: list[str]) -> int:
     "Be the kernel of a notebook, started with these arguments; `fit_many` in it forks its runs."
     from ipykernel.kernelapp import launch_new_instance
@@ -125,6 +134,7 @@ class Forker:
         err: Path | str | None = None,
         environment: dict[str, str] | None = None,
         setup: str = "",
+        function: str = "run_after_setup",
     ) -> int:
         """Start `ebt WORDS` in a folder and return its process id; its output is appended to one file, or two.
 
@@ -137,7 +147,7 @@ class Forker:
             cwd=cwd,
             environment=self.environment | (environment or {}),
             new_session=True,
-            function="forked:run_after_setup",
+            function=f"forked:{function}",
         )
         self.commands[command.pid] = command
         return command.pid
@@ -156,6 +166,10 @@ class Forker:
             out, err = Path(folder, "out"), Path(folder, "err")
             code = self.wait(self.start(*words, out=out, err=err, **options))
             return code, out.read_text(), err.read_text()
+
+    def run_script(self, script: str, *arguments, **options) -> tuple[int, str, str]:
+        "Run `python -c SCRIPT ARGUMENTS` to its end; return exit code, output and errors."
+        return self.run(*arguments, setup=script, function="run_script", **options)
 
     def run_ranks(self, *words, **options) -> list[tuple[int, str, str]]:
         "Run a command as the two ranks of a launcher; return exit code, output and errors of each."

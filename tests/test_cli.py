@@ -59,10 +59,11 @@ def only_folder(runs):
 # Looking things up
 
 
-def test_presets_at_every_size(tmp_path):
+def test_presets_at_every_size(tmp_path, capsys):
     assert ebt("presets")[1].split("\n")[0].startswith("text/ebt_s1 ")
     for name in PRESETS:
-        code, out, err = ebt("presets", name, "--size", "small")
+        code = main(["presets", name, "--size", "small"])
+        out, err = capsys.readouterr()
         (tmp_path / "config.yaml").write_text(out)
         assert (code, err) == (0, "") and load_config(tmp_path / "config.yaml").model.width == SIZES["small"].width
 
@@ -275,19 +276,20 @@ def test_a_notebook_whose_process_is_killed(tmp_path, notebook, forker):
     ],
     ids=["SIGINT", "SIGTERM"],
 )
-def test_interrupted(tmp_path, notebook, number, handler):
+def test_interrupted(tmp_path, notebook, number, handler, forker):
     install = "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)"
     job = notebook(
         install, f"import time\nprint('training')\ntry:\n    while True: time.sleep(0.05)\n{handler}", "print('never')"
     )
-    with subprocess.Popen(
-        [EBT, "run", job, "--runs-dir", tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert "training\n" in iter(process.stdout.readline, "")
-        process.send_signal(number)
-        out, err = process.communicate()
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    pid = forker.start("run", job, "--runs-dir", tmp_path / "runs", out=output, err=errors)
+    while not (output.exists() and "training\n" in output.read_text()):
+        assert forker.is_running(pid), errors.read_text()
+        time.sleep(0.05)
+    os.kill(pid, number)
+    code, out, err = forker.wait(pid), output.read_text(), errors.read_text()
     folder = only_folder(tmp_path / "runs")
-    assert process.returncode == 130
+    assert code == 130
     assert err == f"ebt: job: interrupted; resume with `ebt run {job} --folder {folder}`\n"
     assert "saved" in out and "never" not in out and "saved" in (folder / "report.html").read_text()
     assert read_status(folder)["status"] == "interrupted"

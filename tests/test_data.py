@@ -7,11 +7,7 @@ kind.
 import errno
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -140,8 +136,7 @@ TRAIN_TWICE = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
-test_folder, folder = map(Path, sys.argv[1:])
-sys.path.insert(0, str(test_folder))
+folder = Path(sys.argv[1])
 from ebt_nb.config.overrides import load_config
 from ebt_nb.data.text_loaders import TextDataModule
 import data_checks, test_data
@@ -157,16 +152,10 @@ for name, checkpoint in [("first", None), ("resumed", folder / "first/checkpoint
 """
 
 
-def train_two_ranks_twice(folder):
+def train_two_ranks_twice(forker, folder):
     "Return the row numbers that each of two ranks was trained on, in a run and in its resumption from step 4."
-    process = subprocess.run(
-        [sys.executable, "-c", TRAIN_TWICE, str(Path(__file__).parent), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    code, _, errors = forker.run_script(TRAIN_TWICE, folder)
+    assert code == 0, errors[-3000:]
     return [
         [json.loads((folder / f"{name}-rank{rank}.json").read_text()) for rank in (0, 1)]
         for name in ("first", "resumed")
@@ -174,10 +163,10 @@ def train_two_ranks_twice(folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_ranks_share_batches_without_overlap_and_resume(tmp_path, streaming):
+def test_ranks_share_batches_without_overlap_and_resume(tmp_path, streaming, forker):
     config = text_config(tmp_path, source=write_jsonl(tmp_path / "own.jsonl"), streaming=streaming)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    first, resumed = train_two_ranks_twice(tmp_path)
+    first, resumed = train_two_ranks_twice(forker, tmp_path)
     numbers = [{number for batch in batches for number in batch} for batches in first]
     assert not numbers[0] & numbers[1]
     if not streaming:

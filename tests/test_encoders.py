@@ -86,40 +86,33 @@ def test_importing_encoders_does_not_import_their_libraries():
 
 # ---- processes
 
-ENCODE = [sys.executable, "-c", "import sys; from ebt_nb.cli.main import main; sys.exit(main())", "encode"]
 
-
-def start_encoding(config_file, *options):
-    "`ebt encode` in a process of its own."
-    command = [*ENCODE, str(config_file), "--defaults", "none", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def test_two_at_once_encode_once_and_training_reads_it(tmp_path):
+def test_two_at_once_encode_once_and_training_reads_it(tmp_path, forker):
     config = build_test_config(tmp_path, data__flip=True)
     config_file = save_config(config, tmp_path / "config.yaml")
-    both = [start_encoding(config_file) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    files = [tmp_path / f"out{number}" for number in range(2)]
+    both = [forker.start("encode", config_file, "--defaults", "none", out=file, err=f"{file}.err") for file in files]
+    codes = [forker.wait(pid) for pid in both]
+    assert codes == [0, 0], [Path(f"{file}.err").read_text() for file in files]
     folder = latent_cache_folder(load_config(config_file))
-    assert {out.strip() for out, _ in outputs} == {str(folder)} and folder.is_dir()
+    assert {file.read_text().strip() for file in files} == {str(folder)} and folder.is_dir()
     assert count_encoded_folders(tmp_path) == 1
     assert not [name for name in list_cache(tmp_path) if name.endswith(".partial")]
     data = open_data(config)
     assert next(iter(data.train_dataloader()))["image"].shape == (32, 4, 8, 8) and data.classes
 
 
-def test_killed_while_encoding_leaves_nothing_that_looks_complete(tmp_path):
+def test_killed_while_encoding_leaves_nothing_that_looks_complete(tmp_path, forker):
     config = build_test_config(tmp_path, data__max_documents=1000)
-    process = start_encoding(save_config(config, tmp_path / "config.yaml"), "--batch-size", "1")
+    config_file, log = save_config(config, tmp_path / "config.yaml"), tmp_path / "log"
+    pid = forker.start("encode", config_file, "--defaults", "none", "--batch-size", "1", out=log)
     folder, deadline = latent_cache_folder(config), time.monotonic() + 60
     partial = folder.parent / f".{folder.name}.partial"
-    while not (partial / "train.arrow").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (partial / "train.arrow").exists() and forker.is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert process.poll() is None and partial.is_dir(), process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    assert forker.is_running(pid) and partial.is_dir(), log.read_text()
+    os.kill(pid, signal.SIGKILL)
+    forker.wait(pid)
     assert partial.is_dir() and not folder.exists()
     assert encode_dataset(config) == folder and not partial.exists()
     assert json.loads((folder / "info.json").read_text())["splits"]["train"]["rows"] > 700
@@ -216,7 +209,7 @@ print(*[load_image_encoder(EncoderConfig(images=name)).fingerprint for name in s
 """
 
 
-def test_a_revision_names_one_of_several_downloads(tmp_path):
+def test_a_revision_names_one_of_several_downloads(tmp_path, forker):
     "Two revisions in Hugging Face's cache, as `hf download` leaves them: a name without one means the newest."
     pytest.importorskip("diffusers", reason=NO_EXTRA)
     cache, commits = tmp_path / "hf/hub/models--owner--name", ["0" * 40, "1" * 40]
@@ -226,11 +219,10 @@ def test_a_revision_names_one_of_several_downloads(tmp_path):
     (cache / "refs/main").write_text(commits[1])
     names = ["vae:owner/name", *[f"vae:owner/name@{commit}" for commit in commits]]
     names += [f"vae:{cache}/snapshots/{commit}" for commit in commits]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PRINT_FINGERPRINTS, *names]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    newest, first, second, first_folder, second_folder = result.stdout.split()
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    code, out, errors = forker.run_script(PRINT_FINGERPRINTS, *names, environment=environment)
+    assert code == 0, errors
+    newest, first, second, first_folder, second_folder = out.split()
     assert newest == second == second_folder != first == first_folder
 
 

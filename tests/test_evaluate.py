@@ -101,11 +101,9 @@ def evaluate(home, monkeypatch, capsys):
 ALL_QUESTIONS = ["--kind", "questions", "--split", "all"]
 
 
-def test_questions_from_a_terminal(home):
+def test_questions_from_a_terminal(ebt):
     settings = ["-p", "inference.samples=2", "-p", "inference.steps=3", "--json"]
-    code, out, err = run_installed_command(
-        home, "evaluate", "ebt.ckpt", "--data", "questions.jsonl", *ALL_QUESTIONS, *settings
-    )
+    code, out, err = ebt("evaluate", "ebt.ckpt", "--data", "questions.jsonl", *ALL_QUESTIONS, *settings)
     found = json.loads(out)
     assert code == 0 and err.startswith("inference.steps: 3 thinking steps, and training takes at most 2")
     assert (found["rows"], found["split"], found["model"]) == (9, "all", "ebt")
@@ -387,7 +385,7 @@ print(json.dumps(found["results"]))
 """
 
 
-def test_tasks_of_the_evaluation_harness(home, tmp_path):
+def test_tasks_of_the_evaluation_harness(home, tmp_path, forker):
     "Three local task files, one for each kind of request, through the real library."
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     rows = [dict(question=f"{n} + 1?", choices=[str(n), str(n + 1)], gold=1, answer=str(n + 1)) for n in range(6)]
@@ -400,14 +398,8 @@ def test_tasks_of_the_evaluation_harness(home, tmp_path):
             test_split: test
         """
         (tmp_path / f"{task}.yaml").write_text(dedent(header) + dedent(lines))
-    done = subprocess.run(
-        [sys.executable, "-c", HARNESS_SCRIPT, home / "ebt.ckpt", tmp_path],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    code, out, errors = forker.run_script(HARNESS_SCRIPT, home / "ebt.ckpt", tmp_path, cwd=tmp_path)
+    assert code == 0, errors
+    found = json.loads(out.splitlines()[-1])
     assert 0 <= found["ebt_chosen"]["acc,none"] <= 1 and 5 < found["ebt_read"]["bits_per_byte,none"] < 20
     assert 0 <= found["ebt_generated"]["exact_match,none"] <= 1

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -225,12 +224,11 @@ RANKS = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1]).parent))
 from ebt_nb.config.overrides import load_config
 from ebt_nb.data.image_loaders import ImageDataModule
 import test_images
 
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 
 
 class Writer(test_images.ImageRecorder):
@@ -245,13 +243,11 @@ for Writer.name, checkpoint in [("first", None), ("resumed", folder / "first/che
 """
 
 
-def test_ranks_share_batches_without_overlap_and_resume(tmp_path):
+def test_ranks_share_batches_without_overlap_and_resume(tmp_path, forker):
     config = build_test_config(tmp_path, flip=True)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-c", RANKS, __file__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    code, _, errors = forker.run_script(RANKS, tmp_path)
+    assert code == 0, errors[-3000:]
     first, resumed = (
         [json.loads((tmp_path / f"{name}-rank{rank}.json").read_text()) for rank in (0, 1)]
         for name in ("first", "resumed")

@@ -239,18 +239,15 @@ def test_warned_and_resumed(jobs, uninterrupted, number):
 WARN_WHILE_PREPARING = """
 import os, signal
 import ebt_nb.training.fit as fit
-from ebt_nb.cli.main import main
 fit.build_data_module = lambda config: os.kill(os.getpid(), signal.SIGUSR1)
-raise SystemExit(main(["train", "config.yaml"]))
 """
 
 
-def test_warned_before_training_begins(tmp_path):
+def test_warned_before_training_begins(tmp_path, forker):
     "A SIGUSR1 while data are prepared ends the job with a message; Python alone would be killed without one."
     (tmp_path / "config.yaml").write_text(tiny_config(tmp_path).to_yaml())
-    command = [sys.executable, "-c", WARN_WHILE_PREPARING]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert done.returncode == 130 and done.stderr == "ebt: stopped by SIGUSR1\n"
+    code, _, errors = forker.run("train", "config.yaml", cwd=tmp_path, setup=WARN_WHILE_PREPARING)
+    assert code == 130 and errors == "ebt: stopped by SIGUSR1\n"
     assert not (tmp_path / "runs").exists()
 
 

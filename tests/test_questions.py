@@ -72,30 +72,32 @@ for path in sys.argv[1:]:
 """
 
 
-def print_batches(configs, folder, hash_seed):
-    "Return what a fresh process prints of the batches of each configuration."
+def print_batches(configs, folder, run_script):
+    "Return what another process prints of the batches of each configuration."
     paths = [folder / f"{config.data.source}.yaml" for config in configs]
     for config, path in zip(configs, paths):
         path.write_text(config.to_yaml())
-    process = subprocess.run(
-        [sys.executable, "-c", PRINT_BATCHES, *map(str, paths)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    code, out, errors = run_script(PRINT_BATCHES, *map(str, paths))
+    assert code == 0, errors[-2000:]
+    return [json.loads(line) for line in out.splitlines()]
 
 
-def test_the_same_batches_in_every_process(tmp_path):
+def run_with_fixed_hashes(script, *arguments):
+    "Run Python code in a process whose hashes are not those of this one."
+    environment = os.environ | {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_same_batches_in_every_process(tmp_path, forker):
     "Nothing in a prompt, its split or its row depends on the process (hash seeds, order of sets)."
     sources = ("dyck_generated", "blocksworld", "arithmetic")
     printed = []
-    for hash_seed in ("0", "1"):
-        settings = dict(max_documents=300, context=320, cache_dir=str(tmp_path / hash_seed))
+    for number, run_script in enumerate((forker.run_script, run_with_fixed_hashes)):
+        settings = dict(max_documents=300, context=320, cache_dir=str(tmp_path / str(number)))
         configs = [question_config(tmp_path, source, **settings) for source in sources]
-        printed.append(print_batches(configs, tmp_path, hash_seed))
+        printed.append(print_batches(configs, tmp_path, run_script))
     assert printed[0] == printed[1] and len(printed[0]) == 3
     tokenizer = load_tokenizer("austen_2k")
     for config, (batches, _, _) in zip(configs, printed[0]):

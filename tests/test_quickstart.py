@@ -1,9 +1,5 @@
 """The main job, end to end at toy size: what `job_scripts/quickstart.sh` starts after setting up."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from reports import check_report, count_figures
 
@@ -27,26 +23,14 @@ TOY = {
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    "The finished process and its experiment folder."
+def job(tmp_path_factory, forker):
+    "What the job printed, and its experiment folder."
     folder = tmp_path_factory.mktemp("quickstart")
     options = [f"-p{key}={value}" for key, value in {**TOY, "data.cache_dir": folder / "cache"}.items()]
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("ebt"),
-            "run",
-            "pretrain",
-            "--preset",
-            "text/quickstart",
-            "--runs-dir",
-            folder / "runs",
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done, next((folder / "runs/text/quickstart").iterdir())
+    words = ["run", "pretrain", "--preset", "text/quickstart", "--runs-dir", folder / "runs", *options]
+    code, out, errors = forker.run(*words)
+    assert code == 0, out[-2000:] + errors[-2000:]
+    return out, next((folder / "runs/text/quickstart").iterdir())
 
 
 def test_two_runs_that_differ_in_the_model_alone(job):
@@ -101,13 +85,13 @@ def test_summary_speaks_of_this_run(job):
 
 
 def test_terminal_ends_with_the_table_and_the_report(job):
-    done, folder = job
-    *_, last = done.stdout.strip().split("\n\n")
+    output, folder = job
+    *_, last = output.strip().split("\n\n")
     assert last.strip() == f"report: {folder / 'report.html'}"
     summary = (folder / "summary.txt").read_text().strip()
-    assert summary in done.stdout
+    assert summary in output
     rows = {line.split()[0]: line.split()[1:] for line in summary.splitlines()[1:3]}
     for name, row in rows.items():
         metrics = [r for r in Run.open(folder / name).metrics if "val/loss" in r][-1]
         assert row[:2] == [f"{metrics['val/loss']:.4f}", f"{metrics['val/bits_per_character']:.4f}"]
-    assert "step" in done.stdout and "tokens/s" in done.stdout  # progress during training
+    assert "step" in output and "tokens/s" in output  # progress during training

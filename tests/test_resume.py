@@ -5,8 +5,6 @@ Weights, optimiser, position in the data and metrics are compared, however the r
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -217,11 +215,11 @@ fit(run.config, run, progress="none")
 """
 
 
-def test_killed_while_saving_and_resumed(folder, uninterrupted_run):
+def test_killed_while_saving_and_resumed(folder, uninterrupted_run, forker):
     "After kill -9 in the middle of writing a checkpoint the one before is used, and the half one is deleted."
     run = Run.create(small_config(folder))
-    process = subprocess.run([sys.executable, "-c", SCRIPT, str(run.dir)], capture_output=True, text=True, timeout=300)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    code, _, errors = forker.run_script(SCRIPT, run.dir)
+    assert code == -signal.SIGKILL, errors
     assert any(name.endswith(".tmp~") for name in os.listdir(run.dir / "checkpoints")) and run.status == "running"
     before = read_checkpoint(run.checkpoint())["global_step"]
     assert 5 <= before < 10 and run.metrics[-1]["step"] > before

@@ -89,26 +89,31 @@ def ebt(capsys):
     return run
 
 
-def start_process(command, *words):
-    "Start a program with arguments in a process group of its own; its output can be read from `stdout`."
-    return subprocess.Popen(
-        [*command, *map(str, words)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENV,
-        start_new_session=True,
-    )
+class Agent:
+    "`ebt sweep WORDS` in a process group of its own; `setup` is Python code that it executes before."
+
+    def __init__(self, forker, log, *words, setup=""):
+        self.log, self.forker = log, forker
+        self.pid = forker.start("sweep", *words, out=log, setup=setup)
+
+    @property
+    def output(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def is_running(self):
+        return self.forker.is_running(self.pid)
+
+    def wait(self):
+        return self.forker.wait(self.pid)
 
 
-def wait_for(condition, *processes):
-    "Wait until a condition holds, and check that the processes are still running."
+def wait_for(condition, *agents):
+    "Wait until a condition holds, and check that the agents are still running."
     deadline = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        for process in processes:
-            assert process.poll() is None, process.communicate()[0]
+        for agent in agents:
+            assert agent.is_running(), agent.output
         time.sleep(0.05)
 
 
@@ -119,7 +124,7 @@ def validation_losses(run):
 # Several agents
 
 
-def test_two_agents_share_a_grid_and_no_point_is_run_twice(sweep_file, tmp_path, ebt):
+def test_two_agents_share_a_grid_and_no_point_is_run_twice(sweep_file, tmp_path, ebt, forker):
     kinds, seeds, betas = ["ebt", "transformer"], [1, 2, 3], [[0.9, 0.95], [0.9, 0.999]]
     file = sweep_file(
         {
@@ -129,12 +134,13 @@ def test_two_agents_share_a_grid_and_no_point_is_run_twice(sweep_file, tmp_path,
         }
     )
     folder = tmp_path / "shared"
-    agents = [start_process([EBT], "sweep", file, "--dir", folder) for _ in range(2)]  # neither finds a folder
+    logs = [tmp_path / f"agent{number}.log" for number in range(2)]
+    agents = [Agent(forker, log, file, "--dir", folder) for log in logs]  # neither finds a folder
     wait_for(folder.exists, *agents)
     with lock_study(folder):  # no trial is given out until both agents ask for one
-        first_lines = [agent.stdout.readline() for agent in agents]
-    outputs = [line + agent.stdout.read() for line, agent in zip(first_lines, agents)]
-    assert [agent.wait(LONG) for agent in agents] == [0, 0], outputs
+        wait_for(lambda: all("\n" in agent.output for agent in agents), *agents)
+    codes, outputs = [agent.wait() for agent in agents], [agent.output for agent in agents]
+    assert codes == [0, 0], outputs
     trials = read_trials(folder)
     assert [tuple(trial.values.values()) for trial in trials] == list(itertools.product(kinds, seeds, betas))
     assert {trial.state for trial in trials} == {"done"}
@@ -170,10 +176,9 @@ def test_models_of_video_are_trials_like_others(sweep_file, tmp_path, ebt):
     assert [trial.value for trial in trials] == [min(validation_losses(run)) for run in runs]
 
 
-# `ebt` that trains until the third validation of its first trial, and then waits
-HANGING_EBT = """
+# an agent that trains until the third validation of its first trial, and then waits
+HANGING = """
 import time
-from ebt_nb.cli.main import main
 from ebt_nb.jobs.sweep import TrialReporter
 
 report_validation = TrialReporter.on_validation_end
@@ -184,20 +189,18 @@ def hang_after_third_validation(self, trainer, module):
         time.sleep(3600)
 
 TrialReporter.on_validation_end = hang_after_third_validation
-raise SystemExit(main())
 """
 
 
-def test_trial_of_a_killed_agent_is_noticed_and_resumed(sweep_file, tmp_path, ebt):
+def test_trial_of_a_killed_agent_is_noticed_and_resumed(sweep_file, tmp_path, ebt, forker):
     "Two trials that differ in nothing that matters: the agent of one is killed, the other is not disturbed."
     file = sweep_file(
         {"tracking.project": {"values": ["disturbed", "alone"]}},
         {"trainer.max_steps": 80, "trainer.val_every": 10, "trainer.checkpoint_every": 7},
     )
-    (tmp_path / "hanging_ebt.py").write_text(HANGING_EBT)
     sweep, folder = read_sweep(file), tmp_path / "shared"
     trial_folder = folder / "trial-0000"
-    agent = start_process([sys.executable, tmp_path / "hanging_ebt.py"], "sweep", file, "--dir", folder)
+    agent = Agent(forker, tmp_path / "killed.log", file, "--dir", folder, setup=HANGING)
 
     def has_validated_twice():
         return (trial_folder / "metrics.csv").exists() and len(validation_losses(Run.open(trial_folder))) >= 2
@@ -214,9 +217,8 @@ def test_trial_of_a_killed_agent_is_noticed_and_resumed(sweep_file, tmp_path, eb
     assert 2 <= len(killed.history) < 8 and read_status(trial_folder)["status"] == "interrupted"
     assert "was killed" in ebt("sweep", folder, "--list")[1]
 
-    agent = start_process([EBT], "sweep", folder, "--retry")
-    output = agent.communicate(timeout=LONG)[0]
-    assert "1 failed trials are tried again" in output and agent.returncode == 0
+    agent = Agent(forker, tmp_path / "next.log", folder, "--retry")
+    assert agent.wait() == 0 and "1 failed trials are tried again" in agent.output
     _, again, alone = read_trials(folder)
     assert (again.state, alone.state) == ("done", "done")
     assert (again.values, again.run, again.retry_of) == (killed.values, "trial-0000", 0)
@@ -226,15 +228,14 @@ def test_trial_of_a_killed_agent_is_noticed_and_resumed(sweep_file, tmp_path, eb
     assert len(again.history) == 8
 
 
-def test_interrupted_agents_record_their_trials(sweep_file, tmp_path):
+def test_interrupted_agents_record_their_trials(sweep_file, tmp_path, forker):
     endless = {"trainer.max_steps": 1_000_000, "trainer.val_every": 1_000_000}
     file = sweep_file({"run.seed": {"values": [1, 2, 3]}}, endless)
-    process = start_process([EBT], "sweep", file, "--agents", 2)
+    parent = Agent(forker, tmp_path / "parent.log", file, "--agents", 2)
     folder = tmp_path / "runs/sweeps/sweep"
-    wait_for(lambda: all((folder / f"trial-000{n}/metrics.csv").exists() for n in (0, 1)), process)
-    process.send_signal(signal.SIGTERM)  # to the parent alone, as a scheduler may
-    output = process.communicate(timeout=LONG)[0]
-    assert process.returncode == 130, output
+    wait_for(lambda: all((folder / f"trial-000{n}/metrics.csv").exists() for n in (0, 1)), parent)
+    os.kill(parent.pid, signal.SIGTERM)  # to the parent alone, as a scheduler may
+    assert parent.wait() == 130, parent.output
     trials = read_trials(folder)
     assert len(trials) == 2, trials
     for trial in trials:

@@ -7,7 +7,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -374,20 +373,19 @@ print("not stopped")
 
 
 @pytest.mark.parametrize("presses, saved", [(1, 6), (2, 4)])
-def test_ctrl_c(tmp_path, presses, saved, trained):
+def test_ctrl_c(tmp_path, presses, saved, trained, forker):
     "Ctrl-C once finishes the update and saves; twice stops at once. Both runs are resumed to the same end."
     run = Run.create(tiny_config(tmp_path, **{"trainer.callbacks": ["ctrl_c"]}))
-    command = [sys.executable, "-c", TRAIN_AND_PRESS_CTRL_C, str(run.dir), str(presses)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert process.returncode != 0 and "not stopped" not in process.stdout
-    assert f"JobInterrupted: {run.dir}: interrupted; resume with" in process.stderr
+    code, out, errors = forker.run_script(TRAIN_AND_PRESS_CTRL_C, run.dir, presses)
+    assert code != 0 and "not stopped" not in out
+    assert f"JobInterrupted: {run.dir}: interrupted; resume with" in errors
     assert run.status == "interrupted" and read_checkpoint(run.checkpoint())["global_step"] == saved
-    assert re.search(r"SIGINT: stopping after this update", process.stdout)
+    assert re.search(r"SIGINT: stopping after this update", out)
     fit(tiny_config(tmp_path), run, resume=True, progress="none")
     assert run.status == "done"
     assert_equal_weights(run, trained)
     assert not any("lightning_logs" in str(path) for path in tmp_path.rglob("*"))
-    assert "warn" not in process.stderr.lower()
+    assert "warn" not in errors.lower()
 
 
 def test_fit_leaves_the_process_as_it_was(tmp_path, capfd, monkeypatch):

@@ -131,6 +131,12 @@ class MetricsModule(pl.LightningModule):
         row["lr"] = optimizer.param_groups[0]["lr"]
         self.log_dict(row, on_step=True, on_epoch=False, batch_size=1)
 
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        "Update the weights, and keep the step size alpha from falling below its floor."
+        super().optimizer_step(*arguments, **options)
+        if self.descent is not None:
+            self.descent.raise_step_size_to_floor()
+
     def share_of_gradient_above(self, bound: float) -> Float[Tensor, ""]:
         "Return the share of the gradient's entries, on all devices, that are larger than a bound."
         gradients = local_gradients(self.parameters(), self.trainer.global_rank)
