@@ -27,6 +27,11 @@ COUNT
     passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
 }
 
+# Notebooks are run beside all else: many tests wait for processes that they started, which leaves a core free. Two at a
+# time, because the notebooks would end long after the tests otherwise.
+OMP_NUM_THREADS=1 "$python" tests/run_notebooks.py --n_workers 2 --timing >"$work/notebooks.log" 2>&1 &
+running_notebooks=$!
+
 echo "== style"
 if .venv/bin/ruff check --quiet . && .venv/bin/ruff format --check --quiet .; then
     passed=$((passed + 1))
@@ -37,10 +42,6 @@ fi
 echo "== notebooks and package agree"
 "$python" -m pytest -q tests -m agreement --junitxml "$work/agree.xml"
 count_tests "$work/agree.xml"
-
-# Notebooks are run beside the tests: many tests wait for processes that they started, which leaves a core free.
-OMP_NUM_THREADS=1 "$python" tests/run_notebooks.py --n_workers 1 --timing >"$work/notebooks.log" 2>&1 &
-running_notebooks=$!
 
 echo "== tests"
 "$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadscope --no-loadscope-reorder --durations 25 \
