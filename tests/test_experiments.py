@@ -67,7 +67,13 @@ RECIPES = {
     "rows": 2,
     "samples": 2,
 }
-SCALING = {"sizes": {"4xs": [1]}, "updates": [2, 4], "only_recipes": ["Transformer++", "text/ebt"]}
+SCALING = {
+    "sizes": {"4xs": [1]},
+    "updates": [[2, 1], [4, 1]],
+    "only_recipes": ["Transformer++", "text/ebt"],
+    "known": "",
+    "repeats": 1,
+}
 BENCHMARK = {
     "threads": 1,
     "repeats": 1,
