@@ -13,10 +13,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from .arguments import json_argument
+from .arguments import json_argument, settings_argument
 from .commands import argument, command, positive_int
 from ..config.errors import ConfigError
 from ..config.models import SIZES, Conditioning
+from ..config.overrides import parse_overrides
 from ..runs.files import format_json
 
 # %% ../../nbs/cli/10_bench.ipynb #89b3e712
@@ -63,6 +64,7 @@ BENCH_ARGUMENTS = (
         default="probabilities",
         help="what a candidate is: a distribution over the vocabulary, or a vector that starts from a hidden state",
     ),
+    settings_argument("a key of the energy model that is measured, such as thinking.truncate=true"),
     argument(
         "--batch",
         type=parse_batches,
@@ -134,7 +136,7 @@ def bench(args: argparse.Namespace) -> None:
     for precision in args.precision:
         for line in describe_slow_precision(precision, device, "--precision"):
             print(line, file=sys.stderr, flush=True)
-    shape = {name: getattr(args, name) for name in BENCH_SHAPE}
+    shape = {name: getattr(args, name) for name in BENCH_SHAPE} | {"changes": parse_overrides(args.settings)}
     format_result = {"generate": format_generation, "train": format_training, "memory": format_memory}[args.what]
     results = []
     for batch in args.batch or DEFAULT_BATCHES[args.what]:

@@ -11,7 +11,7 @@ __all__ = ['Rule', 'Kind', 'Precision', 'FLOP_FORMULAS', 'BenchmarkShape', 'buil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class BenchmarkShape:
         conditioning: the energy model's variant.
         batch: sequences in a batch.
         rule: what a candidate is. With 'embedding' the recipe is that of the preset text/ebt.
+        changes: other keys of the energy model's configuration, such as {"thinking.truncate": True}.
     """
 
     size: str = "xxs"
@@ -53,6 +54,7 @@ class BenchmarkShape:
     conditioning: Conditioning = "step_embed"
     batch: int = 4
     rule: Rule = "probabilities"
+    changes: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def has_shared_context(self) -> bool:
@@ -84,6 +86,8 @@ def build_benchmark_module(
         for section, values in guess_recipe(shape.size).items():
             changes |= {f"{section}.{key}": value for key, value in values.items()}
         changes["thinking.steps"] = shape.steps
+    if kind == "ebt":
+        changes |= shape.changes
     return build_module(override_config(config, changes)).to(device)
 
 
@@ -136,7 +140,8 @@ def training_flops_per_unit(config: RunConfig) -> float:
 def minimum_flops(shape: BenchmarkShape, kind: Kind = "ebt") -> float:
     """Return the fewest operations per token that a training step needs, with one context for all steps.
 
-    Raises ValueError for a variant that computes a context for every step.
+    All steps are differentiated; changes of a shape are not considered. Raises ValueError for a variant that computes a
+    context for every step.
     """
     if kind == "ebt" and not shape.has_shared_context:
         raise ValueError(f"conditioning {shape.conditioning!r}: computes a new context for every step")
@@ -214,7 +219,7 @@ def compare_training_steps(
         transformer_mflop_per_token=flops["transformer"] / 1e6,
         precisions={},
     )
-    if shape.has_shared_context:
+    if shape.has_shared_context and not shape.changes:
         result["flops_relative_to_minimum"] = flops["ebt"] / minimum_flops(shape)
     for precision in precisions:
         ebt, transformer = seconds["ebt", precision], seconds["transformer", precision]
