@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from torch._inductor.config import cpp
+import torch._inductor.config
 
 from ebt_nb.compute.graph import find_missing_compiler
 from ebt_nb.config.errors import ConfigError
@@ -55,11 +55,12 @@ def read_losses(run: Run) -> list[tuple[str, float]]:
 
 @pytest.mark.skipif(find_missing_compiler("cpu") is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("make_config", [tiny_config, tiny_transformer, tiny_image_config])
-def test_compiled_run(tmp_path, monkeypatch, make_config):
-    monkeypatch.setattr(cpp, "simdlen", 1)  # kernels without vectors are compiled in half the time
-    runs = [
-        fit(make_config(tmp_path, **{"trainer.compile": is_compiled}), progress="none") for is_compiled in (False, True)
-    ]
+def test_compiled_run(tmp_path, make_config):
+    with torch._inductor.config.patch({"cpp.simdlen": 1}):  # without vectors, kernels are compiled in less time
+        runs = [
+            fit(make_config(tmp_path, **{"trainer.compile": is_compiled}), progress="none")
+            for is_compiled in (False, True)
+        ]
     eager, compiled = map(read_losses, runs)
     assert len(eager) >= 8 and [name for name, _ in compiled] == [name for name, _ in eager]
     assert max(abs(a - b) for (_, a), (_, b) in zip(compiled, eager)) < 1e-4  # float32 rounding over six updates

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shard_parameters', 'is_sharded', 'clip_gradient_norm', 'local_gradients', 'gather_tensors', 'divide_like',
-           'divide_optimizer_state']
+           'divide_optimizer_state', 'gather_states']
 
 # %% ../../nbs/compute/07_sharding.ipynb #77f8f116
 from collections.abc import Iterable, Sequence
@@ -108,3 +108,12 @@ def divide_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimiz
             if values:
                 divided[number] = values
     return state | dict(state=divided)
+
+# %% ../../nbs/compute/07_sharding.ipynb #5878f4e2
+def gather_states(state: Any) -> list[Any] | None:
+    "Return the states of all processes, by rank, on rank 0, which writes the checkpoint; None on the others."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(state, states)
+    return states

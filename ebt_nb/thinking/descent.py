@@ -235,14 +235,6 @@ class DescentPolicy(nn.Module):
         low, high = 1 / self.policy.random_step_size, self.policy.random_step_size
         return low + (high - low) * rng.for_purpose("step size").uniform(1, dtype)
 
-    @torch.no_grad()
-    def raise_step_size_to_floor(self) -> None:
-        """Set a step size below `thinking.step_size_floor` to it; training does so after every update.
-
-        Below the floor the step size has no gradient, and would never rise again.
-        """
-        self.step_size.clamp_(min=self.policy.step_size_floor)
-
     def base_step_size(self, landscape: int) -> Float[Tensor, ""]:
         """Return alpha before floor, annealing and random factor.
 
