@@ -1,6 +1,6 @@
 """Run `ebt` and kernels of notebooks in their own processes without importing anything first (`runs/08_fork_server`).
 
-Everything else is as with the installed command, which each file of tests also starts once or twice.
+Everything else is as with the installed command, which `test_cli.py` and the files on launching and killing also start.
 """
 
 import os
