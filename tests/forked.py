@@ -138,7 +138,7 @@ class Forker:
     ) -> int:
         """Start `ebt WORDS` in a folder and return its process id; its output is appended to one file, or two.
 
-        `setup` is Python code that the process executes before the command.
+        `setup` is Python code that the process executes before the command. `function` of this module gets both.
         """
         command = self.server.start(
             [setup, *words],
