@@ -68,6 +68,7 @@ RECIPES = {
     "samples": 2,
 }
 SCALING = {
+    "corpus": "preset",
     "sizes": {"4xs": [1]},
     "updates": [[2, 1], [4, 1]],
     "only_recipes": ["Transformer++", "text/ebt"],

@@ -229,7 +229,8 @@ def test_installed_without_a_checkout(with_a_job, tmp_path):
         "print(*sorted(path.name for path in (files('ebt_nb') / 'assets/tokenizers').iterdir()))"
     )
     assets = call(python, "-c", list_tokenizers, cwd=empty)
-    assert assets.split() == ["austen_bpe_2k.json", "austen_bpe_8k.json", "gpt_neox_20b.json.gz"]
+    names = ["austen_bpe_2k.json", "austen_bpe_8k.json", "gpt_neox_20b.json.gz", "python_bpe_2k.json"]
+    assert assets.split() == names
 
 
 # Job scripts

@@ -23,7 +23,12 @@ from .sections import Section
 # %% ../../nbs/config/04_data.ipynb #40383a81
 IGNORE_INDEX = -100
 
-TOKENIZER_SIZES = {"austen_2k": 2048, "austen_8k": 8192, "gpt_neox": 50277}  # the embedded tokenizers
+TOKENIZER_SIZES = {
+    "austen_2k": 2048,
+    "austen_8k": 8192,
+    "gpt_neox": 50277,
+    "python_2k": 2048,
+}  # the embedded tokenizers
 
 
 @lru_cache
@@ -121,8 +126,8 @@ class LanguageDataConfig(DataConfig):
 
     tokenizer: str = Field(
         "austen_8k",
-        description="'austen_2k', 'austen_8k', 'gpt_neox' (embedded), a hub name owner/name[@REVISION], or a path to a "
-        "tokenizer.json or its folder",
+        description="'austen_2k', 'austen_8k', 'python_2k', 'gpt_neox' (embedded), a hub name owner/name[@REVISION], "
+        "or a path to a tokenizer.json or its folder",
     )
     context: int = Field(256, ge=2, description="tokens in a sequence S")
 
@@ -133,8 +138,9 @@ class TextDataConfig(LanguageDataConfig):
     kind: Literal["text"] = Field("text", description="text, packed into sequences")
     source: str = Field(
         "austen",
-        description="'austen' (embedded), 'redpajama-v2', 'fineweb', a hub name, or a path to text, json(l), parquet "
-        "or arrow files, packed or not; parts of a folder named train, validation or test are splits",
+        description="'austen' (embedded), 'python' (source of installed packages), 'redpajama-v2', 'fineweb', a hub "
+        "name, or a path to text, json(l), parquet or arrow files, packed or not; parts of a folder named train, "
+        "validation or test are splits",
     )
     text_column: str = Field("text", description="column that holds the text")
     streaming: bool = Field(False, description="read a hub data set while training instead of preparing it once")

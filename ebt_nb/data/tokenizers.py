@@ -26,6 +26,7 @@ EMBEDDED_TOKENIZERS = {
     "austen_2k": "austen_bpe_2k.json",
     "austen_8k": "austen_bpe_8k.json",
     "gpt_neox": "gpt_neox_20b.json.gz",
+    "python_2k": "python_bpe_2k.json",
 }
 END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 PARAGRAPH_BREAK = re.compile(r"(?<=\n)(?=\n\S)")
