@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Create or repair .venv: Python 3.11 or newer, the packages of constraints.txt, and this project, editable.
-# Does nothing else, and is quick when nothing has changed.
+# Does nothing else, and is quick when nothing has changed. EBT_EXTRAS=lm-eval,reasoning installs these extras as well,
+# in one go, which is quicker than a second call of pip.
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -48,7 +49,7 @@ install() {
     upgrade_pip
     local failed=0
     # --no-compile: Python compiles what is imported when it is first imported, which is a fraction of what is installed
-    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e '.[dev,docs,tensorboard,sweep,images,video]' -c constraints.txt </dev/null || failed=$?
+    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e ".[dev,docs,tensorboard,sweep,images,video${EBT_EXTRAS:+,$EBT_EXTRAS}]" -c constraints.txt </dev/null || failed=$?
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }
@@ -59,7 +60,7 @@ compile_imports() {
     PYTHONDONTWRITEBYTECODE= "$python" -P -c "import ebt_nb.cli.main, ebt_nb.jobs.launch, ebt_nb.jobs.notebook_jobs, ipykernel.kernelapp, matplotlib.pyplot, nbconvert, papermill"
 }
 
-ready() { [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && sound; }
+ready() { [ -z "${EBT_EXTRAS:-}" ] && [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && sound; }
 
 if ready; then exit 0; fi
 
