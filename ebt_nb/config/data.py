@@ -23,12 +23,7 @@ from .sections import Section
 # %% ../../nbs/config/04_data.ipynb #40383a81
 IGNORE_INDEX = -100
 
-TOKENIZER_SIZES = {
-    "austen_2k": 2048,
-    "austen_8k": 8192,
-    "gpt_neox": 50277,
-    "python_2k": 2048,
-}  # the embedded tokenizers
+TOKENIZER_SIZES = {"austen_2k": 2048, "austen_8k": 8192, "gpt_neox": 50277, "python_2k": 2048}  # the embedded ones
 
 
 @lru_cache
