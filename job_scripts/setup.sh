@@ -37,19 +37,34 @@ make_venv() {
     "$found" -m venv --clear .venv
 }
 
-# The pip that comes with Python 3.11 needs three times as long for these packages as later ones.
-upgrade_pip() {
-    "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check --upgrade pip -c constraints.txt </dev/null ||
-        echo "setup: pip could not be upgraded; going on with the one there is, which is slower" >&2
+# What pip is told by its environment variable $1 or by the key $2 of its settings, as words; nothing if it is told nothing.
+pip_setting() { { printenv "$1" || "$python" -m pip config get "global.$2" 2>/dev/null || true; } | xargs; }
+
+pip_install() { "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check "$@" -c constraints.txt </dev/null; }
+
+# uv needs a third of pip's time. It does not read pip's settings, so its indexes and certificates are passed on; where
+# more is needed (a proxy with a password, say), it fails, and pip does the work.
+uv_install() {
+    local index extra links certificate
+    index=$(pip_setting PIP_INDEX_URL index-url)
+    extra=$(pip_setting PIP_EXTRA_INDEX_URL extra-index-url)
+    links=$(pip_setting PIP_FIND_LINKS find-links)
+    certificate=$(pip_setting PIP_CERT cert)
+    pip_install uv && env ${index:+"UV_DEFAULT_INDEX=$index"} ${extra:+"UV_INDEX=$extra"} ${links:+"UV_FIND_LINKS=${links// /,}"} \
+        ${certificate:+"SSL_CERT_FILE=$certificate"} .venv/bin/uv pip install --quiet --python "$python" \
+        --index-strategy unsafe-best-match pip "$@" -c constraints.txt </dev/null    # every index counts alike, as for pip
 }
 
 install() {
     echo "setup: installing the packages of constraints.txt (about 2 GB; minutes the first time)"
     touch "$unfinished"
-    upgrade_pip
-    local failed=0
-    # --no-compile: Python compiles what is imported when it is first imported, which is a fraction of what is installed
-    "$python" -m pip install --quiet --quiet --no-input --no-compile --disable-pip-version-check -e ".[dev,docs,tensorboard,sweep,images,video${EBT_EXTRAS:+,$EBT_EXTRAS}]" -c constraints.txt </dev/null || failed=$?
+    local packages=".[dev,docs,tensorboard,sweep,images,video${EBT_EXTRAS:+,$EBT_EXTRAS}]" failed=0
+    if ! uv_install -e "$packages"; then
+        echo "setup: uv could not install them (its message is above); going on with pip, which is slower" >&2
+        pip_install --upgrade pip || true    # the one that comes with Python 3.11 needs three times as long as later ones
+        # --no-compile: Python compiles what is imported when it is first imported, a fraction of what is installed
+        pip_install --no-compile -e "$packages" || failed=$?
+    fi
     rm -f "$unfinished"
     if [ "$failed" -ne 0 ]; then echo "setup: pip could not install the packages (its message is above); run this again when that is mended" >&2; exit "$failed"; fi
 }

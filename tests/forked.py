@@ -1,16 +1,20 @@
-"""Run `ebt` and kernels of notebooks in their own processes without importing anything first (`runs/08_fork_server`).
+"""Run `ebt` and kernels of notebooks in their own processes without importing anything first (`runs/09_fork_server`).
 
 Everything else is as with the installed command, which `test_cli.py` and the files on launching and killing also start.
 """
 
+import json
 import os
+import select
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from ebt_nb.runs.fork_server import PRELOADED, ForkServer, serve
+from ebt_nb.runs.preemption import STOP_SIGNALS
 
 TESTS = str(Path(__file__).resolve().parent)
 LIMIT = 600  # seconds after which a command is ended
@@ -22,6 +26,8 @@ def run_after_setup(words: list[str]) -> int:
 
     setup, *words = words
     signal.alarm(LIMIT)
+    for name, number in (("stdout", 1), ("stderr", 2)):  # unlike those of the server, they may be pipes
+        setattr(sys, name, os.fdopen(number, "w", closefd=False))
     if words[:1] == ["run"]:
         fork_kernels(CopiedServer.start_here())
     exec(setup, {})
@@ -113,8 +119,47 @@ class CopiedProcess:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+class SharedServer(ForkServer):
+    "A server that threads use at the same time."
+
+    def __init__(self, *preloaded_and_environment):
+        self.lock = threading.Lock()
+        super().__init__(*preloaded_and_environment)
+
+    def send(self, order: dict) -> int | None:
+        "Send an order and wait for its answer while no other thread does."
+        with self.lock:
+            return super().send(order)
+
+
+# A program that others start as they start `ebt`: it has its work done by a forked process, passes on signals, and ends
+# as that one does.
+PROXY = """\
+#!{python} -IS
+import json, os, signal, socket, sys
+
+forker = socket.socket(socket.AF_UNIX)
+forker.connect({address!r})
+answers = forker.makefile()
+files = [f"/proc/{{os.getpid()}}/fd/{{number}}" for number in (1, 2)]
+order = dict(words=[{setup!r}, *sys.argv[1:]], files=files, cwd=os.getcwd(), environment=dict(os.environ))
+forker.sendall(json.dumps(order).encode() + b"\\n")
+pid = int(answers.readline())
+for number in {signals}:
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+code = int(answers.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
 class Forker:
-    "Starts `ebt` commands, each in a session of its own, and waits for them."
+    """Starts `ebt` commands, each in a session of its own, and waits for them.
+
+    Its methods may be called from several threads at once.
+    """
 
     def __init__(self):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -123,8 +168,9 @@ class Forker:
         modules = ("ebt_nb.jobs.notebook_jobs", "ebt_nb.inference.evaluate", "ebt_nb.inference.generate")
         self.environment = environment | {"PYTHONPATH": path}
         modules += ("ipykernel.kernelapp", "nbconvert", "papermill", "forked")
-        self.server = ForkServer((*PRELOADED, *modules), self.environment)
+        self.server = SharedServer((*PRELOADED, *modules), self.environment)
         self.commands = {}  # by process id
+        self.listener = None
 
     def start(
         self,
@@ -186,6 +232,42 @@ class Forker:
                 ids.append(self.start(*words, out=out, err=err, environment=environment, **options))
             codes = [self.wait(pid) for pid in ids]
             return [(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, files)]
+
+    def write_program(self, path: Path, setup: str = "") -> Path:
+        """Write a program that is `ebt` for whoever starts it, such as Slurm, and need not import anything.
+
+        The process that does its work executes `setup` first. It is killed when the program is.
+        """
+        if self.listener is None:
+            self.listener = socket.socket(socket.AF_UNIX)
+            self.listener.bind(f"\0forker-{os.getpid()}")  # a name that is no file
+            self.listener.listen()
+            threading.Thread(target=self._accept, daemon=True).start()
+        signals = [int(number) for number in (signal.SIGINT, *STOP_SIGNALS)]
+        address = self.listener.getsockname()
+        path.write_text(PROXY.format(python=sys.executable, address=address, setup=setup, signals=signals))
+        path.chmod(0o755)
+        return path
+
+    def _accept(self):
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self._run_for, args=(connection,), daemon=True).start()
+
+    def _run_for(self, connection):
+        "Run the command of a program that `write_program` wrote."
+        with connection, connection.makefile("rw") as program:
+            order = json.loads(program.readline())
+            output, errors = order["files"]
+            place = dict(cwd=order["cwd"], environment=order["environment"], new_session=True)
+            command = self.server.start(order["words"], output, errors, **place, function="forked:run_after_setup")
+            print(command.pid, file=program, flush=True)
+            while command.poll() is None:
+                if select.select([connection], [], [], 0.05)[0]:  # the program has ended before its command
+                    os.kill(command.pid, signal.SIGKILL)
+                    command.wait()
+                    return
+            print(command.returncode, file=program, flush=True)
 
     def close(self) -> None:
         "End the process that forks."

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
-FIGURES = NOTEBOOKS / "runs/09_figures.ipynb"
+FIGURES = NOTEBOOKS / "runs/10_figures.ipynb"
 
 
 def notebooks():

@@ -3,7 +3,8 @@
 Arrays, chains, several nodes, failures and cancelling, as a user meets them.
 
 A job spends most of its time waiting: in a queue, for its imports, for its turn. So the scenarios of all tests are
-started together, each in a thread with a folder of its own, and each test then waits for its scenario.
+started together, each in a thread with a folder of its own, and each test then waits for its scenario. Three scenarios
+start the installed `ebt` as users do; in the others forked processes do its work (`Forker.write_program`).
 """
 
 import json
@@ -20,6 +21,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "slurm"))
 from cluster import LONG, Cluster, missing_requirement
+from forked import Forker
 from test_job_scripts import SMALL
 from test_processes import small_config as two_process_config
 
@@ -52,7 +54,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from ebt_nb.cli.main import main
 from ebt_nb.training.callbacks import register_callback
 
 FOLDER, TASK = Path(__file__).parent, os.environ.get("SLURM_ARRAY_TASK_ID", "")
@@ -70,6 +71,8 @@ class PauseOnce(pl.Callback):
 
 register_callback("pause_once")(lambda config: PauseOnce())
 if __name__ == "__main__":
+    from ebt_nb.cli.main import main
+
     raise SystemExit(main())
 """
 
@@ -81,10 +84,14 @@ def cluster(tmp_path_factory):
 
 
 class Workspace:
-    "What a scenario works with: the cluster and a folder."
+    "What a scenario works with: the cluster, a folder, and what forks `ebt`."
 
-    def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: Cluster, folder: Path, forker: Forker):
+        self.cluster, self.folder, self.forker = cluster, folder, forker
+
+    def write_ebt(self) -> Path:
+        "Write a program that is `ebt`, forked."
+        return self.forker.write_program(self.folder / "ebt")
 
     def run_submit(self, *words) -> subprocess.CompletedProcess:
         "Run `ebt submit` in the folder."
@@ -102,7 +109,21 @@ class Workspace:
         "Submit a job with `ebt submit`; return its number and its folder."
         done = self.run_submit(*words)
         assert done.returncode == 0, done.stderr
-        return done.stdout.strip(), Path(re.search(r"^(/.*)/job\.slurm", done.stderr, re.MULTILINE)[1])
+        return done.stdout.strip(), self.find_folder(done.stderr)
+
+    def submit_notebook(self, *words) -> tuple[str, Path]:
+        "Submit a job of a notebook, as `submit` does; a forked `ebt` runs it."
+        setup = f"import ebt_nb.jobs.job_drafts as drafts; drafts.find_ebt_command = lambda: ['{self.write_ebt()}']"
+        environment = {"SLURM_CONF": str(self.cluster.configuration)}
+        options = dict(cwd=self.folder, environment=environment, setup=setup)
+        code, output, errors = self.forker.run("submit", *words, **options)
+        assert code == 0, errors
+        return output.strip(), self.find_folder(errors)
+
+    @staticmethod
+    def find_folder(messages: str) -> Path:
+        "Return the folder of a job that `ebt submit` names."
+        return Path(re.search(r"^(/.*)/job\.slurm", messages, re.MULTILINE)[1])
 
     def write_notebook(self, name: str, *cells: str) -> Path:
         "Write a job notebook with the given cells."
@@ -118,10 +139,15 @@ class Workspace:
         (self.folder / name).write_text("\n".join(["#!/usr/bin/env bash", *lines]) + "\n")
         return self.folder / name
 
-    def write_pausing_ebt(self) -> Path:
+    def write_pause_once(self) -> Path:
         "Write the program PAUSE_ONCE."
         (self.folder / "pause_once.py").write_text(PAUSE_ONCE)
         return self.folder / "pause_once.py"
+
+    def write_pausing_ebt(self) -> Path:
+        "Write a program that is PAUSE_ONCE, forked."
+        setup = f"import runpy; runpy.run_path({str(self.write_pause_once())!r})"
+        return self.forker.write_program(self.folder / "pausing_ebt", setup)
 
     def wait_for_files(self, *names: str) -> None:
         "Wait until files exist in the folder."
@@ -159,7 +185,7 @@ def run_concurrently(scenario):
 
 
 @pytest.fixture(scope="module")
-def scenario_futures(cluster, tmp_path_factory, request):
+def scenario_futures(cluster, tmp_path_factory, request, forker):
     "Name -> future of the scenarios of all selected tests; the longest, which stand last, are started first."
     selected = []
     for item in request.session.items:
@@ -169,7 +195,8 @@ def scenario_futures(cluster, tmp_path_factory, request):
     pool = ThreadPoolExecutor(MAX_PARALLEL)
     futures = {}
     for name in reversed(selected):
-        futures[name] = pool.submit(SCENARIOS[name], cluster, Workspace(cluster, tmp_path_factory.mktemp(name)))
+        workspace = Workspace(cluster, tmp_path_factory.mktemp(name), forker)
+        futures[name] = pool.submit(SCENARIOS[name], cluster, workspace)
     yield futures
     pool.shutdown(cancel_futures=True)
 
@@ -198,7 +225,7 @@ def test_array_of_a_notebook(cluster, workspace):
     notebook = workspace.write_notebook("greet.ipynb", "print(*[greeting] * times)")
     array = ["--array", "times=1,2,3", "greeting=good day"]
     options = ["-p", "run.name=greetings", "--sbatch", "time=00:05:00", "--runs-dir", workspace.folder / "runs"]
-    number, folder = workspace.submit(notebook, "--cluster", "local_cpu", *array, *options)
+    number, folder = workspace.submit_notebook(notebook, "--cluster", "local_cpu", *array, *options)
     jobs = {job["ArrayTaskId"]: job for job in cluster.wait_for_jobs(number)}
     assert {job["JobState"] for job in jobs.values()} == {"COMPLETED"}, [read_output(job) for job in jobs.values()]
     assert jobs.keys() == {"0", "1", "2"}
@@ -278,7 +305,7 @@ def test_failing_job(cluster, workspace):
     "Slurm knows that it failed, and its folder holds the report with the error."
     notebook = workspace.write_notebook("fails.ipynb", "print('so far so good')", "1 / 0")
     options = ["--sbatch", "hold", "--runs-dir", workspace.folder / "runs"]
-    number, folder = workspace.submit(notebook, "--cluster", "local_cpu", *options)
+    number, folder = workspace.submit_notebook(notebook, "--cluster", "local_cpu", *options)
     assert read_status(folder)["status"] == "queued"
     cluster.run("scontrol", "release", number)
     [job] = cluster.wait_for_jobs(number)
@@ -364,7 +391,7 @@ def test_job_scripts_with_sbatch(cluster, workspace):
 
 @run_concurrently
 def test_models_of_video_train_as_an_array(cluster, workspace):
-    script = workspace.write_script("clips.sh", f'exec {EBT} train --preset video/quickstart "$@"')
+    script = workspace.write_script("clips.sh", f'exec {workspace.write_ebt()} train --preset video/quickstart "$@"')
     small = {"data.source": "moving_fashion", "data.image_size": 16, "data.context": 4, "data.max_documents": 4}
     trunk = {key: SMALL[key] for key in SMALL if key.startswith(("model.", "trainer."))}
     folders = {"run.runs_dir": workspace.folder / "runs", "data.cache_dir": workspace.folder / "cache"}
@@ -387,7 +414,7 @@ def test_warned_job_is_queued_again_and_resumes(cluster, workspace):
     config = two_process_config(workspace.folder, 1, **settings)
     pausing = override_config(config, {"trainer.callbacks": ["pause_once"]})
     (workspace.folder / "config.yaml").write_text(pausing.to_yaml())
-    command = f"exec {sys.executable} {workspace.write_pausing_ebt()} train config.yaml"
+    command = f"exec {sys.executable} {workspace.write_pause_once()} train config.yaml"
     script = workspace.write_script("train.sh", command)
     number, _ = workspace.submit(script, "--cluster", "local_cpu", "--sbatch", "requeue")
     workspace.wait_for_files("paused")
@@ -438,7 +465,7 @@ def test_array_of_sweep_agents_one_is_stopped(cluster, workspace):
     }
     (workspace.folder / "sweep.yaml").write_text(yaml.safe_dump(spec))
     mark = "export EBT_JOB_ID=$SLURM_JOB_ID"  # as a script of one's own allows that its job is queued again
-    agent = f"{mark}; exec {sys.executable} {workspace.write_pausing_ebt()} sweep sweep.yaml --dir shared"
+    agent = f"{mark}; exec {workspace.write_pausing_ebt()} sweep sweep.yaml --dir shared"
     options = ["--requeue", "--array=1-2", "--nodes=1", "--ntasks-per-node=1", f"--wrap={agent}"]
     number = cluster.run("sbatch", "--parsable", *options, cwd=workspace.folder).strip()
     workspace.wait_for_files("paused1", "paused2")
@@ -499,7 +526,7 @@ import pause_once                                            # registers the cal
 from ebt_nb.config.overrides import build_config
 from ebt_nb.jobs.launch import RANK_COMMAND, launch
 from ebt_nb.jobs.parallel import open_or_create_run
-RANK_COMMAND[1 : RANK_COMMAND.index("train")] = ["{folder}/pause_once.py"]
+RANK_COMMAND[: RANK_COMMAND.index("train")] = ["{program}"]
 config = build_config(preset, overrides)
 run = launch(config, open_or_create_run(Path(run_dir) / "ebt", config), resume=True, progress="plain")
 """
@@ -520,12 +547,12 @@ def test_notebook_on_two_nodes_is_queued_again(cluster, workspace):
     settings = {"trainer.devices": 1, "trainer.nodes": 2, "trainer.max_steps": 60, "trainer.val_every": 30}
     config = two_process_config(workspace.folder, 2, **settings).model_dump(mode="json")
     settings = {f"{section}.{key}": config[section][key] for section in keys for key in keys[section]}
-    workspace.write_pausing_ebt()
-    notebook = workspace.write_notebook("launches.ipynb", LAUNCH_CELL.format(folder=workspace.folder))
+    cell = LAUNCH_CELL.format(folder=workspace.folder, program=workspace.write_pausing_ebt())
+    notebook = workspace.write_notebook("launches.ipynb", cell)
     options = as_arguments(settings | {"trainer.checkpoint_every": 50, "trainer.callbacks": "[pause_once]"})
     for option in ("requeue", "nodes=2", "ntasks-per-node=1"):
         options += ["--sbatch", option]
-    number, folder = workspace.submit(
+    number, folder = workspace.submit_notebook(
         notebook, "--cluster", "local_cpu", *options, "--runs-dir", workspace.folder / "runs"
     )
     workspace.wait_for_files("paused")

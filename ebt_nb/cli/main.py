@@ -24,6 +24,7 @@ import ebt_nb.cli.text as text
 import ebt_nb.cli.training as training
 import ebt_nb.cli.video as video
 from .commands import provide_home, run_command
+from ..runs.lean_imports import import_less
 
 # %% ../../nbs/cli/13_main.ipynb #029c7828
 COMMAND_MODULES = (jobs, training, text, images, video, rollout, bench, presets, runs, dashboard, remote)
@@ -32,6 +33,8 @@ COMMAND_MODULES = (jobs, training, text, images, video, rollout, bench, presets,
 def main(argv: Sequence[str] | None = None) -> int:
     "Run a command of `ebt`, by default the one that was typed; return the exit code."
     gc.set_threshold(10_000)
+    if argv is None:  # this process is the command, not a notebook
+        import_less()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, and by processes started here
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
