@@ -7,6 +7,11 @@ import gc
 import os
 from pathlib import Path
 
+from ebt_nb.runs.lean_imports import import_less
+
+import_less()
+
+# isort: split
 import datasets  # noqa: F401  with Lightning before the import hook, which compiles what is imported behind it again
 import lightning.pytorch  # noqa: F401
 import pytest
@@ -51,18 +56,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "agreement: notebooks, package and README say the same; tests/run.sh runs these first"
-    )
+    config.addinivalue_line("markers", "agreement: notebooks, package and README say the same; these run first")
 
 
 LONGEST_FIRST = ("test_experiments", "test_slurm", "test_launch", "test_parallel")
 
 
 def pytest_collection_modifyitems(items):
-    "Start with the files that take longest, so that test processes end at about the same time."
+    "Start with what must agree, then the files that take longest, so that test processes end at about the same time."
 
     def rank(item):
+        if item.get_closest_marker("agreement"):
+            return -1
         name = item.path.stem
         return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
 

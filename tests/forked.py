@@ -26,12 +26,16 @@ def run_after_setup(words: list[str]) -> int:
 
     setup, *words = words
     signal.alarm(LIMIT)
-    for name, number in (("stdout", 1), ("stderr", 2)):  # unlike those of the server, they may be pipes
-        setattr(sys, name, os.fdopen(number, "w", closefd=False))
     if words[:1] == ["run"]:
         fork_kernels(CopiedServer.start_here())
     exec(setup, {})
     return ebt_nb.cli.main.main(words)
+
+
+def run_program(words: list[str]) -> int:
+    "Do the work of a program of `Forker.write_program`; its output and errors may be pipes, unlike those of the server."
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    return run_after_setup(words)
 
 
 def run_script(words: list[str]) -> int:
@@ -260,7 +264,7 @@ class Forker:
             order = json.loads(program.readline())
             output, errors = order["files"]
             place = dict(cwd=order["cwd"], environment=order["environment"], new_session=True)
-            command = self.server.start(order["words"], output, errors, **place, function="forked:run_after_setup")
+            command = self.server.start(order["words"], output, errors, **place, function="forked:run_program")
             print(command.pid, file=program, flush=True)
             while command.poll() is None:
                 if select.select([connection], [], [], 0.05)[0]:  # the program has ended before its command

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: sets up .venv, checks style (ruff) and that notebooks and package agree, runs the
-# notebooks (nbdev_test; those that run as jobs are run by pytest) and every test (pytest).
+# Everything a change must pass: sets up .venv, checks style (ruff), runs the notebooks (nbdev_test; those that run as
+# jobs are run by pytest) and every test (pytest), first those that notebooks and package agree.
 # The last line counts them all: `N passed, N failed`.
 set -uo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -39,12 +39,8 @@ else
     failed=$((failed + 1))
 fi
 
-echo "== notebooks and package agree"
-"$python" -m pytest -q tests -m agreement --junitxml "$work/agree.xml"
-count_tests "$work/agree.xml"
-
 echo "== tests"
-"$python" -m pytest -q -rs tests -m "not agreement" -n 2 --dist loadscope --no-loadscope-reorder --durations 25 \
+"$python" -m pytest -q -rs tests -n 2 --dist loadscope --no-loadscope-reorder --durations 25 \
     --junitxml "$work/tests.xml"
 count_tests "$work/tests.xml"
 

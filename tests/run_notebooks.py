@@ -1,4 +1,4 @@
-"""Run `nbdev_test` with rarer searches for garbage, as `ebt` does (`cli/13_main`).
+"""Run `nbdev_test` with rarer searches for garbage and faster imports, as `ebt` does (`cli/13_main`).
 
 A shell starts background jobs with interrupts ignored; some notebooks test what an interrupt does.
 """
@@ -8,6 +8,9 @@ import signal
 
 from nbdev.test import nbdev_test
 
+from ebt_nb.runs.lean_imports import import_less
+
 gc.set_threshold(10_000)
+import_less()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 nbdev_test()

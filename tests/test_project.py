@@ -264,13 +264,43 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     "-m venv --clear .venv")
         rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$PWD/.venv" >.venv/bin/activate ;;
-    *"--upgrade pip"*) exit 1 ;;
+    *"pip install"*" uv -c "* | *"--upgrade pip"*) exit 1 ;;
     *"pip install"*)
         echo begun >>log; until [ -e go ]; do sleep 0.05; done; touch .venv/installed; echo ended >>log ;;
     "-P -") test -e .venv/installed ;;
     "-P -c import ebt_nb"*) echo "compiled$PYTHONDONTWRITEBYTECODE" >>log ;;
 esac
 """
+
+
+# writes a uv that logs what it is told
+FAKE_PYTHON_WITH_UV = """#!/bin/sh
+case "$*" in
+    "-m venv --clear .venv")
+        rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "$PWD/.venv" >.venv/bin/activate ;;
+    "-m pip config get global.index-url") echo "https://mirror/simple" ;;
+    "-m pip config get global."*) exit 1 ;;
+    *"pip install"*" uv -c "*)
+        echo '#!/bin/sh
+echo "$UV_DEFAULT_INDEX|$UV_INDEX|$UV_FIND_LINKS|$SSL_CERT_FILE|$*" >log; touch .venv/installed' >.venv/bin/uv
+        chmod +x .venv/bin/uv ;;
+    "-P -") test -e .venv/installed ;;
+    *"pip install"*) exit 1 ;;
+esac
+"""
+
+
+def test_setup_tells_uv_what_pip_is_told(root, tmp_path):
+    script, bin = fake_checkout(root, tmp_path / "checkout"), tmp_path / "bin"
+    bin.mkdir()
+    (bin / "python3.11").write_text(FAKE_PYTHON_WITH_UV)
+    (bin / "python3.11").chmod(0o755)
+    environment = {"PATH": f"{bin}:{os.defpath}", "PIP_FIND_LINKS": "/wheels /more", "EBT_EXTRAS": "browser"}
+    subprocess.run(["bash", script], env=environment, stdin=subprocess.DEVNULL, check=True)
+    *settings, words = (tmp_path / "checkout/log").read_text().strip().split("|")
+    assert settings == ["https://mirror/simple", "", "/wheels,/more", ""]
+    assert words.startswith("pip install --quiet --python .venv/bin/python ") and words.endswith(" -c constraints.txt")
+    assert " -e .[dev,docs,tensorboard,sweep,images,video,browser] " in words
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="setups are only serialised where there is flock (util-linux)")
@@ -301,7 +331,7 @@ def test_second_of_two_parallel_setups_waits_and_finds_the_work_done(root, tmp_p
     for setup in (first, second):
         assert setup.wait(timeout=60) == 0
     output = first.stdout.read()
-    assert "pip could not be upgraded" in output and "ready" in output and second.stdout.read() == ""
+    assert "going on with pip" in output and "ready" in output and second.stdout.read() == ""
     assert (folder / "log").read_text().split() == ["begun", "ended", "compiled"] and (
         folder / ".venv/.set-up"
     ).is_file()
