@@ -33,7 +33,7 @@ def run_after_setup(words: list[str]) -> int:
 
 
 def run_program(words: list[str]) -> int:
-    "Do the work of a program of `Forker.write_program`; unlike those of the server, its output and errors may be pipes."
+    "Do the work of a program of `Forker.write_program`; unlike those of the server, its outputs may be pipes."
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     return run_after_setup(words)
 
