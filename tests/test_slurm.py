@@ -3,8 +3,9 @@
 Arrays, chains, several nodes, failures and cancelling, as a user meets them.
 
 A job spends most of its time waiting: in a queue, for its imports, for its turn. So the scenarios of all tests are
-started together, each in a thread with a folder of its own, and each test then waits for its scenario. Three scenarios
-start the installed `ebt` as users do; in the others forked processes do its work (`Forker.write_program`).
+started together, each in a thread with a folder of its own, and each test then waits for its scenario. Four scenarios
+start `ebt` as users do (a cancelled job, a warned one, two nodes, the scripts of `job_scripts`); in the others forked
+processes do its work (`Forker.write_program`).
 """
 
 import json
