@@ -25,19 +25,25 @@ def _as_if_not_installed(names: frozenset[str]) -> Iterator[None]:
     "Let `lightning_utilities` report that packages are not installed."
     import lightning_utilities.core.imports as requirements
 
-    is_available, find_version = requirements.package_available, requirements._version
+    # where another release of it has other names, more is imported
+    originals = {name: value for name, value in vars(requirements).items() if name in ("package_available", "_version")}
 
-    def find_version_of_others(name: str) -> str:
+    def package_available(name: str) -> bool:
+        return name not in names and originals["package_available"](name)
+
+    def find_version(name: str) -> str:
         if name in names:
             raise PackageNotFoundError(name)
-        return find_version(name)
+        return originals["_version"](name)
 
-    requirements.package_available = lambda name: name not in names and is_available(name)
-    requirements._version = find_version_of_others
+    replacements = {"package_available": package_available, "_version": find_version}
     try:
+        for name in originals:
+            setattr(requirements, name, replacements[name])
         yield
     finally:
-        requirements.package_available, requirements._version = is_available, find_version
+        for name, original in originals.items():
+            setattr(requirements, name, original)
 
 
 class _TorchmetricsFinder(MetaPathFinder):
