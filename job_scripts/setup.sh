@@ -42,7 +42,7 @@ pip_setting() { { printenv "$1" || "$python" -m pip config get "global.$2" 2>/de
 
 pip_install() { "$python" -m pip install --quiet --quiet --no-input --disable-pip-version-check "$@" -c constraints.txt </dev/null; }
 
-# uv needs a third of pip's time. It does not read pip's settings, so its indexes and certificates are passed on; where
+# uv is faster than pip. It does not read pip's settings, so its indexes and certificates are passed on; where
 # more is needed (a proxy with a password, say), it fails, and pip does the work.
 uv_install() {
     local index extra links certificate

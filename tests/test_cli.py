@@ -376,12 +376,12 @@ def test_lab_serves_the_checkout_with_settings_of_its_own(tmp_path):
 
             for _ in range(600):  # it writes its address before it listens
                 try:
-                    status = get("api/status")
+                    get("api/status")
                     break
                 except urllib.error.URLError:
                     assert server.poll() is None
                     time.sleep(0.1)
-            assert "kernels" in status
+            assert "kernels" in get("api/status")
             assert {"README.md", "nbs"} <= {entry["name"] for entry in get("api/contents")["content"]}
             notification = "lab/api/settings/@jupyterlab/apputils-extension:notification"
             assert get(notification)["schema"]["properties"]["fetchNews"]["default"] == "false"
