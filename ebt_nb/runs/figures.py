@@ -122,7 +122,7 @@ def encode_png(pixels: Image.Image) -> bytes:
     ground.alpha_composite(pixels.convert("RGBA"))
     for num_colors in (256, 128, 64, 32):
         file = io.BytesIO()
-        ground.convert("RGB").quantize(num_colors, kmeans=1, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        ground.convert("RGB").quantize(num_colors, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
         if file.tell() <= LARGE_FILE:
             break
     return file.getvalue()
