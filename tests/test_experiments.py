@@ -75,6 +75,13 @@ SCALING = {
     "known": "",
     "repeats": 1,
 }
+HOPS = {
+    "data.context": 26,
+    "updates": 2,
+    "learning_rates": [0.01],
+    "seeds": [1],
+    "only_recipes": ["Transformer++", "text/ebt"],
+}
 BENCHMARK = {
     "threads": 1,
     "repeats": 1,
@@ -111,6 +118,7 @@ EXPERIMENTS = {
     ),
     "think": ("text/thinking", TEXT | THINK, r"relative to a random choice", 4),
     "scaling": ("text/quickstart", TEXT | SCALING, r"text/ebt\*\* ends .* relative to Transformer\+\+", 2),
+    "hops": ("text/quickstart", TEXT | HOPS, r"text/ebt\*\* is right for .* after two", 1),
     "recipes": ("text/quickstart_s1", TEXT | RECIPES, r"The best recipe is", 1),
     "denoise": (
         "image/quickstart",

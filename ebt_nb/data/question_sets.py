@@ -24,6 +24,8 @@ from ebt_nb.data.question_generators import (
     close_brackets,
     dyck_sampler,
     find_shortest_plan,
+    follow_hops,
+    hops_sampler,
     parse_blocksworld,
 )
 from .question_tables import EMBEDDED_SETS, HUB_SETS, QuestionTable, parse_plain
@@ -43,6 +45,13 @@ GENERATED_SETS = [
         description="longer and deeper brackets, to see how far training carries",
         draw_prompt=dyck_sampler(LONG_DYCK_SHAPE),
         solve=close_brackets,
+    ),
+    GeneratedQuestions(
+        name="hops",
+        description="one arrow or two to follow from each of six letters",
+        draw_prompt=hops_sampler(6, 2),
+        solve=follow_hops,
+        split_sizes={"train": 100_000, "validation": 1_000, "test": 1_000},
     ),
     GeneratedQuestions(
         name="blocksworld",

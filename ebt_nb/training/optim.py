@@ -52,7 +52,7 @@ def parameter_groups(model: nn.Module, descent: Descent | None, optim: OptimConf
         groups = [group | {"use_muon": group["name"] == "block_weights"} for group in groups]
     return [group for group in groups if group["params"]]
 
-# %% ../../nbs/training/03_optim.ipynb #29470b8f
+# %% ../../nbs/training/03_optim.ipynb #bb127f29
 def build_muon_class(library: ModuleType) -> type[Optimizer]:
     "Return the class `Muon` of the package pytorch_optimizer, but with iterations in 32 bits for weights on a CPU."
     utils = importlib.import_module(f"{library.__name__}.optimizer.utils")
