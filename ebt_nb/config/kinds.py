@@ -42,9 +42,11 @@ from ebt_nb.config.sections import (
     EagerTrainerConfig,
     EnergyLanguageTrainerConfig,
     EnergyOptimConfig,
+    EnergyTokenOptimConfig,
     OptimConfig,
     RunSection,
     Section,
+    TokenOptimConfig,
     TrackingConfig,
     TrainerConfig,
 )
@@ -108,6 +110,7 @@ class RunConfig(Section):
 class LanguageConfig(RunConfig):
     "A run of a language model."
 
+    optim: TokenOptimConfig = Field(default_factory=TokenOptimConfig)
     data: Annotated[TextDataConfig | QuestionDataConfig, Field(discriminator="kind")] = Field(
         default_factory=TextDataConfig
     )
@@ -163,7 +166,7 @@ class EnergyLanguageConfig(LanguageConfig):
     thinking: TokenThinkingConfig = Field(default_factory=TokenThinkingConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
-    optim: EnergyOptimConfig = Field(default_factory=EnergyOptimConfig)
+    optim: EnergyTokenOptimConfig = Field(default_factory=EnergyTokenOptimConfig)
     trainer: EnergyLanguageTrainerConfig = Field(default_factory=EnergyLanguageTrainerConfig)
     generation: EnergyGenerationConfig = Field(default_factory=EnergyGenerationConfig)
 

@@ -170,7 +170,7 @@ def hops_sampler(num_letters: int, max_hops: int) -> Callable[[random.Random], s
     letters = string.ascii_lowercase[:num_letters]
 
     def draw_prompt(rng: random.Random) -> str:
-        targets = dict(zip(letters, rng.sample(letters, num_letters)))
+        targets = dict(zip(letters, rng.choices(letters, k=num_letters)))
         arrows = [f"{letter} {targets[letter]}" for letter in rng.sample(letters, num_letters)]
         return f"{rng.randint(1, max_hops)} {' '.join(arrows)}:"
 

@@ -18,7 +18,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config.errors import WorkbenchError
-from ..config.sections import OptimConfig
+from ..config.sections import OptimConfig, TokenOptimConfig
 from ..thinking.descent import Descent
 
 # %% ../../nbs/training/03_optim.ipynb #fabe9c4c
@@ -33,7 +33,10 @@ def parameter_groups(model: nn.Module, descent: Descent | None, optim: OptimConf
     trainable = [p for p in model.parameters() if p.requires_grad]
     weights = [p for p in trainable if id(p) in matrices]
     others = [p for p in trainable if id(p) not in matrices]
-    block_weights, others_decay = [], optim.weight_decay if optim.decay == "all" else 0.0
+    block_weights, embeddings, others_decay = [], [], optim.weight_decay if optim.decay == "all" else 0.0
+    embedding_factor = optim.embedding_lr_multiplier if isinstance(optim, TokenOptimConfig) else 1.0
+    if embedding_factor != 1:
+        embeddings, others = [p for p in others if id(p) in tables], [p for p in others if id(p) not in tables]
     if optim.name == "muon":
         in_blocks = {id(p) for block in getattr(model, "blocks", []) for p in block.parameters() if p.ndim == 2}
         block_weights = [p for p in weights if id(p) in in_blocks]
@@ -41,6 +44,7 @@ def parameter_groups(model: nn.Module, descent: Descent | None, optim: OptimConf
     groups = [
         dict(name="block_weights", params=block_weights, lr=optim.peak_lr, weight_decay=optim.weight_decay),
         dict(name="weights", params=weights, lr=optim.peak_lr, weight_decay=optim.weight_decay),
+        dict(name="embeddings", params=embeddings, lr=optim.peak_lr * embedding_factor, weight_decay=others_decay),
         dict(name="others", params=others, lr=optim.peak_lr, weight_decay=others_decay),
     ]
     if descent is not None and descent.step_size.requires_grad:

@@ -53,6 +53,7 @@ KEYS_FIXED_ON_RESUME = [
     "optim.name",
     "optim.peak_lr",
     "optim.step_size_lr_multiplier",
+    "optim.embedding_lr_multiplier",
     "optim.betas",
     "optim.weight_decay",
     "optim.decay",
