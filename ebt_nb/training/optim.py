@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, descent: Descent | None, optim: OptimConf
     others = [p for p in trainable if id(p) not in matrices]
     block_weights, embeddings, others_decay = [], [], optim.weight_decay if optim.decay == "all" else 0.0
     embedding_factor = optim.embedding_lr_multiplier if isinstance(optim, TokenOptimConfig) else 1.0
-    if embedding_factor != 1:
+    if embedding_factor != 1:  # no group of their own otherwise: older checkpoints have the states of fewer groups
         embeddings, others = [p for p in others if id(p) in tables], [p for p in others if id(p) not in tables]
     if optim.name == "muon":
         in_blocks = {id(p) for block in getattr(model, "blocks", []) for p in block.parameters() if p.ndim == 2}
