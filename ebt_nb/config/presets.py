@@ -142,8 +142,8 @@ def guess_recipe(size: str) -> dict[str, dict[str, Any]]:
     return dict(
         model=dict(conditioning="step_embed", energy="reconstruction", first_step_std=0.3),
         thinking=dict(steps=2, rule="embedding", start="hidden", start_std=0.0, detach=False, step_size=step_size),
-        inference=dict(extra_step_factor=0.5),
-        objective=dict(steps="last", start_weight=1.0, loss_prediction=0.1),
+        inference=dict(extra_step_factor=0.25),
+        objective=dict(steps="last", start_weight=0.003, start_every=8, loss_prediction=0.1),
         optim=dict(step_size_lr_multiplier=step_size),
     )
 
@@ -154,18 +154,14 @@ def text_ebt(size: str = "xxs", tokenizer: str = "gpt_neox") -> RunConfig:
 
     It starts calibrated, decays matrices only, and is validated more often, on more text.
     """
-    recipe = guess_recipe(size)
-    return preset_variant(
+    base = preset_variant(
         text_ebt_s1(size, tokenizer),
-        **recipe
-        | dict(
-            run=dict(name="text/ebt"),
-            model=recipe["model"] | dict(init="calibrated"),
-            data=dict(validation_fraction=0.01),
-            optim=recipe["optim"] | dict(decay="matrices"),
-            trainer=dict(val_every=1000),
-        ),
+        model=dict(init="calibrated"),
+        data=dict(validation_fraction=0.01),
+        optim=dict(decay="matrices"),
+        trainer=dict(val_every=1000),
     )
+    return preset_variant(base, run=dict(name="text/ebt"), **guess_recipe(size))
 
 # %% ../../nbs/config/07_presets.ipynb #989078e2
 @register_preset("text/quickstart_s1")
@@ -189,7 +185,8 @@ def text_quickstart_s1(size: str = "4xs", tokenizer: str = "austen_2k") -> RunCo
 @register_preset("text/quickstart")
 def text_quickstart(size: str = "4xs", tokenizer: str = "austen_2k") -> RunConfig:
     "Minutes on a laptop: a small model of the recipe text/ebt, on the embedded novels."
-    return preset_variant(text_quickstart_s1(size, tokenizer), run=dict(name="text/quickstart"), **guess_recipe(size))
+    base = preset_variant(text_quickstart_s1(size, tokenizer), optim=dict(embedding_lr_multiplier=16.0))
+    return preset_variant(base, run=dict(name="text/quickstart"), **guess_recipe(size))
 
 
 @register_preset("text/thinking")

@@ -106,14 +106,19 @@ def video_quickstart_s1(size: str = "4xs") -> RunConfig:
 
 
 def video_quickstart(size: str = "4xs") -> RunConfig:
-    """Minutes on a laptop: a small model of the recipe text/ebt, on generated clips of moving clothes.
+    """Minutes on a laptop: a small model of the recipe text/ebt, its start scored fully, on clips of moving clothes.
 
     With model.kind=video_transformer it is the baseline.
     """
     recipe = guess_recipe(size)
     return preset_variant(
         video_quickstart_s1(size),
-        **recipe | dict(run=dict(name="video/quickstart"), objective=recipe["objective"] | dict(loss_prediction=0.01)),
+        **recipe
+        | dict(
+            run=dict(name="video/quickstart"),
+            inference=dict(extra_step_factor=0.5),
+            objective=dict(steps="last", start_weight=1.0, loss_prediction=0.01),
+        ),
     )
 
 # %% ../../nbs/config/08_video_presets.ipynb #0ee3b51f
