@@ -363,5 +363,5 @@ class EnergyGenerationConfig(GenerationConfig):
         None,
         ge=1,
         description="tokens drafted from the observed stream's guesses before one descent checks them all; the text is "
-        "the same; null: 8 where thinking.start=hidden, else 1",
+        "the same; null: 5 where thinking.start=hidden, else 1",
     )

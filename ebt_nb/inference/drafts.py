@@ -19,7 +19,7 @@ from ..models.kv_cache import KeyValueCache, shorten_rows
 from ..training.language import EnergyLanguageModule, LanguageModule
 
 # %% ../../nbs/inference/03_drafts.ipynb #6bb79cb3
-DEFAULT_DRAFTS = 8
+DEFAULT_DRAFTS = 5
 
 
 def count_drafts(module: LanguageModule, generation: GenerationConfig) -> int:
