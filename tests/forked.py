@@ -13,7 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ebt_nb.runs.fork_server import PRELOADED, ForkServer, serve
+from ebt_nb.runs.fork_server import PRELOADED, ForkServer, end_process, serve
 from ebt_nb.runs.preemption import STOP_SIGNALS
 
 TESTS = str(Path(__file__).resolve().parent)
@@ -103,7 +103,7 @@ class CopiedServer(ForkServer):
                 os.close(number)
             sys.stdin = os.fdopen(0, closefd=False)
             serve()
-            raise SystemExit(0)
+            end_process(0)
         os.close(orders)
         os.close(answers)
         cls.copy = CopiedProcess(pid, os.fdopen(to_server, "w"), os.fdopen(from_server))

@@ -240,9 +240,8 @@ def test_a_run_is_resumed_as_a_process_of_its_own(tmp_path, visit, monkeypatch):
 
 def test_the_command_prints_its_address_and_ends_at_ctrl_c(tmp_path):
     make_run(tmp_path / "runs/one")
-    script = (
-        "import sys; from ebt_nb.cli.main import main; code = main(); print('torch' in sys.modules); sys.exit(code)"
-    )
+    call = "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    script = f"import sys; from ebt_nb.cli.main import main; {call}"
     words = ["dashboard", "--runs-dir", tmp_path / "runs"]
     process = subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, text=True)
     assert f"runs below {tmp_path / 'runs'}: read-only" in process.stdout.readline()

@@ -252,6 +252,7 @@ def run_command(argv: Sequence[str]) -> int:
             if one.default_factory is not None and getattr(args, one.destination) is None:
                 setattr(args, one.destination, one.default_factory())
         entry.function(args)
+        sys.stdout.flush()
     except WorkbenchError as error:
         return report_error(error)
     except KeyboardInterrupt as error:

@@ -24,6 +24,7 @@ import ebt_nb.cli.text as text
 import ebt_nb.cli.training as training
 import ebt_nb.cli.video as video
 from .commands import provide_home, run_command
+from ..runs.fork_server import end_process
 from ..runs.lean_imports import import_less
 
 # %% ../../nbs/cli/13_main.ipynb #029c7828
@@ -31,7 +32,10 @@ COMMAND_MODULES = (jobs, training, text, images, video, rollout, bench, presets,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    "Run a command of `ebt`, by default the one that was typed; return the exit code."
+    """Run a command of `ebt` and return the exit code.
+
+    By default it is the one that was typed, and this process ends with it.
+    """
     gc.set_threshold(10_000)
     if argv is None:  # this process is the command, not a notebook
         import_less()
@@ -40,4 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is shown in escapes
             stream.reconfigure(errors="backslashreplace")
     provide_home()
-    return run_command(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return run_command(argv)
+    end_process(run_command(sys.argv[1:]))

@@ -145,7 +145,7 @@ def _run_scontrol(*words: str) -> subprocess.CompletedProcess:
 
 # %% ../../nbs/runs/07_preemption.ipynb #846df4e0
 PYTHON = [sys.executable, "-P"]
-EBT_COMMAND = [*PYTHON, "-c", "from ebt_nb.cli.main import main; raise SystemExit(main())"]
+EBT_COMMAND = [*PYTHON, "-c", "from ebt_nb.cli.main import main; main()"]
 
 # %% ../../nbs/runs/07_preemption.ipynb #bb7fddc5
 def terminate_with_parent() -> None:
