@@ -29,6 +29,8 @@ def tiny_config(folder, preset="text/quickstart", **changes) -> RunConfig:
         "trainer.checkpoint_every": 3,
         "optim.warmup_steps": 2,
     }
+    if changes.get("model.kind") != "transformer":
+        shared["thinking.steps"] = 1
     if preset.startswith("text/"):
         shared |= {"data.context": 8, "data.max_documents": 200}
     return build_config(preset, shared | changes)
