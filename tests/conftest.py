@@ -12,22 +12,15 @@ from ebt_nb.runs.lean_imports import import_less
 import_less()
 
 # isort: split
-import datasets  # noqa: F401  with Lightning before the import hook, which compiles what is imported behind it again
-import lightning.pytorch  # noqa: F401
 import pytest
-import torch
-import type_checks
 from forked import Forker, fork_kernels
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 NUM_CORES = min(2, os.cpu_count() or 1)
 NUM_TEST_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-torch.set_num_threads(max(1, NUM_CORES // NUM_TEST_PROCESSES))
 
 gc.set_threshold(10_000)  # rarer searches for garbage, as in `ebt` (`cli/13_main`)
-
-type_checks.install()  # before anything imports the package
 
 # tests with drawn inputs: a few fixed examples in the suite; `EBT_FUZZ=10000` draws so many new ones
 NUM_EXAMPLES = int(os.environ.get("EBT_FUZZ", 0))
@@ -57,6 +50,19 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "agreement: notebooks, package and README say the same; these run first")
+    if not config.getoption("numprocesses", None):  # else other processes run the tests, and this one imports nothing
+        prepare_process()
+
+
+def prepare_process():
+    "Import what is large, and let the package's functions check their arguments, before any test imports it."
+    import datasets  # noqa: F401  before the import hook, which compiles what is imported behind it again
+    import lightning.pytorch  # noqa: F401
+    import torch
+    import type_checks
+
+    torch.set_num_threads(max(1, NUM_CORES // NUM_TEST_PROCESSES))
+    type_checks.install()
 
 
 LONGEST_FIRST = ("test_experiments", "test_slurm", "test_launch", "test_parallel")

@@ -26,9 +26,9 @@ def run_after_setup(words: list[str]) -> int:
 
     setup, *words = words
     signal.alarm(LIMIT)
+    exec(setup, {})
     if words[:1] == ["run"]:
         fork_kernels(CopiedServer.start_here())
-    exec(setup, {})
     return ebt_nb.cli.main.main(words)
 
 

@@ -329,8 +329,6 @@ def test_train_list_and_resume(tmp_path, forker):
         "model.heads": 2,
         "data.context": 16,
         "data.batch_size": 4,
-        "data.max_documents": 50,
-        "data.cache_dir": str(tmp_path / "cache"),
         "trainer.val_batches": 1,
         "trainer.threads": 1,
     }

@@ -19,7 +19,6 @@ def tiny_config(folder, preset="text/quickstart", **changes) -> RunConfig:
         "model.width": 16,
         "model.heads": 2,
         "data.batch_size": 4,
-        "data.cache_dir": str(folder / "cache"),
         "run.runs_dir": str(folder / "runs"),
         "trainer.max_steps": 6,
         "trainer.accumulate_grad_batches": 2,
@@ -32,7 +31,7 @@ def tiny_config(folder, preset="text/quickstart", **changes) -> RunConfig:
     if changes.get("model.kind") != "transformer":
         shared["thinking.steps"] = 1
     if preset.startswith("text/"):
-        shared |= {"data.context": 8, "data.max_documents": 200}
+        shared["data.context"] = 8
     return build_config(preset, shared | changes)
 
 

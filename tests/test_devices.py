@@ -82,14 +82,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A folder whose cache all tests share."
+    "A folder that all tests share."
     return tmp_path_factory.mktemp("devices")
 
 
 def text_config(folder, **changes) -> RunConfig:
-    data = {"data.context": 8, "data.batch_size": 3, "data.max_documents": 200}
-    places = {"data.cache_dir": str(folder / "cache"), "run.runs_dir": str(folder / "runs")}
-    return build_config("text/quickstart_s1", SIZE | TRAINER | data | places | changes)
+    data = {"data.context": 8, "data.batch_size": 3, "run.runs_dir": str(folder / "runs")}
+    return build_config("text/quickstart_s1", SIZE | TRAINER | data | changes)
 
 
 def image_config(folder, **changes) -> RunConfig:

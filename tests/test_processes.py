@@ -3,9 +3,6 @@
 They serve the same batches, draw the same random numbers, and reach the same metrics; and they stop together.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -41,8 +38,6 @@ def small_config(folder, processes, **changes):
             "model.heads": 2,
             "data.context": 16,
             "data.batch_size": 8 // processes,
-            "data.max_documents": 200,
-            "data.cache_dir": str(folder / "cache"),
             "run.runs_dir": str(folder / "runs"),
             "thinking.noise": 0.5,
             "thinking.random_step_size": 2.0,
@@ -62,15 +57,13 @@ def small_config(folder, processes, **changes):
     )
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one(tmp_path, forker):
     one_process = fit(small_config(tmp_path, 1), progress="none")
-    script, config_file = tmp_path / "script.py", tmp_path / "two.yaml"
-    script.write_text(FIT_WITH_INTERRUPT)
+    config_file = tmp_path / "two.yaml"
     config_file.write_text(small_config(tmp_path, 2, **{"trainer.callbacks": ["interrupt"]}).to_yaml())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run([*torchrun, str(script), str(config_file)], capture_output=True, text=True, timeout=120)
+    ended = forker.run_ranks(config_file, setup=FIT_WITH_INTERRUPT, function="run_script")
     run, *others = [found for found in find_runs(tmp_path / "runs") if found.dir != one_process.dir]
-    assert run.status == "interrupted" and not others, process.stderr
+    assert run.status == "interrupted" and not others, ended
     checkpoint = read_checkpoint(run.checkpoint())
     # Both ranks stopped after the update in which one of them was interrupted.
     assert (checkpoint["global_step"], checkpoint["micro_steps"]) == (7, 14)

@@ -83,7 +83,6 @@ def small_config(folder: Path, preset: str = "text/quickstart_s1", **changes) ->
         "model.width": 32,
         "model.heads": 2,
         "data.batch_size": 4,
-        "data.cache_dir": str(folder / "cache"),
         "run.runs_dir": str(folder / "runs"),
         "trainer.max_steps": 14,
         "trainer.val_every": 4,
@@ -94,7 +93,7 @@ def small_config(folder: Path, preset: str = "text/quickstart_s1", **changes) ->
         "optim.warmup_steps": 4,
     }
     if preset.startswith("text/"):
-        small |= {"data.context": 16, "data.max_documents": 200}
+        small["data.context"] = 16
     return build_config(preset, small | changes)
 
 

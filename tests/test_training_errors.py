@@ -39,8 +39,6 @@ def tiny_config(folder: Path, **changes) -> RunConfig:
             "model.heads": 2,
             "data.context": 16,
             "data.batch_size": 4,
-            "data.max_documents": 200,
-            "data.cache_dir": str(folder.parent / "cache"),
             "run.runs_dir": str(folder / "runs"),
             "trainer.max_steps": 8,
             "trainer.val_every": 4,

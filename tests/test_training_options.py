@@ -17,8 +17,6 @@ def small_config(folder, preset="text/quickstart", **changes):
         "model.width": 16,
         "model.heads": 2,
         "data.batch_size": 2,
-        "data.max_documents": 50,
-        "data.cache_dir": str(folder / "cache"),
         "run.runs_dir": str(folder / "runs"),
         "trainer.max_steps": 6,
         "trainer.val_every": 2,
@@ -29,9 +27,9 @@ def small_config(folder, preset="text/quickstart", **changes):
         "optim.warmup_steps": 2,
     }
     if preset.startswith("image/"):
-        small["data.image_size"] = 8
+        small |= {"data.image_size": 8, "data.max_documents": 50}
     elif preset.startswith("video/"):
-        small |= {"data.image_size": 8, "data.context": 4, "data.decode": "on_the_fly"}
+        small |= {"data.image_size": 8, "data.context": 4, "data.decode": "on_the_fly", "data.max_documents": 50}
     else:
         small |= {"data.context": 8, "data.tokenizer": "austen_2k", "model.vocab_size": 2048}
     return build_config(preset, small | changes)
