@@ -18,6 +18,7 @@ TEXT = {
     "model.heads": 2,
     "data.context": 16,
     "data.batch_size": 4,
+    "data.max_documents": 200,
     "trainer.threads": 1,
     "trainer.max_steps": 4,
     "trainer.val_every": 4,
