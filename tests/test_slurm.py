@@ -542,7 +542,7 @@ def test_notebook_on_two_nodes_is_queued_again(cluster, workspace):
     """
     keys = {
         "model": ("layers", "width", "heads"),
-        "data": ("context", "batch_size", "max_documents", "cache_dir"),
+        "data": ("context", "batch_size"),
         "trainer": ("nodes", "accelerator", "threads", "max_steps", "val_every", "val_batches", "log_every"),
     }
     settings = {"trainer.devices": 1, "trainer.nodes": 2, "trainer.max_steps": 60, "trainer.val_every": 30}
