@@ -38,6 +38,14 @@ def is_known_one(number: Tensor) -> bool:
     return not is_tracing() and number.is_cpu and bool(number == 1)
 
 # %% ../../nbs/compute/00_graph.ipynb #1e7b6838
+def _depends_on_values(operation: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+    "Return whether the result of an operation is a number, or has a shape, that depends on values of tensors."
+    if operation is torch.ops.aten.index.Tensor:  # by places, or by a mask
+        return any(index is not None and index.dtype is torch.bool for index in args[1])
+    tags = operation.tags
+    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+
+
 class _Recorder(TorchDispatchMode):
     "Writes each operation that runs below autograd, except `detach`, into `graph`; its constants are in `constants`."
 
@@ -67,7 +75,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         "Run an operation and record it."
         kwargs = kwargs or {}
-        if torch.Tag.data_dependent_output in operation.tags:
+        if _depends_on_values(operation, args):
             raise RuntimeError(
                 f"{operation} depends on the value of a tensor, and a graph is recorded for all values; where the code "
                 "looks at a value, let it ask `is_tracing` first"
@@ -114,7 +122,7 @@ def _name_parameters(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], d
             parameters[places[place]] = parameter
     return parameters, places
 
-
+# %% ../../nbs/compute/00_graph.ipynb #19a91a88
 class RecordedGraph(NamedTuple):
     "The operations of a function: from its tensors, in a row, to its results, in a row, which have `result_structure`."
 
@@ -161,8 +169,7 @@ class GraphCache:
     """Graphs of functions, recorded on first use for each combination of shapes, strides, dtypes and settings.
 
     `graphs` holds them, each with what runs it. With `compiled=False` a graph is run as recorded, operation by
-    operation (for tests).
-    Copies and pickles of a cache are empty.
+    operation (for tests). Copies and pickles of a cache are empty.
     """
 
     def __init__(self, compiled: bool = True):
